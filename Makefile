@@ -1,0 +1,42 @@
+# Every target sets up what it needs from nothing: Python >= 3.11 with pip, and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+MEMBERS := kdcore cli $(sort $(wildcard plugins/*))
+WORKERS ?= 2
+STAMP := .venv/.ready
+
+.PHONY: env quickstart test lint types docs bench clean
+
+env: $(STAMP)
+
+# torch comes through pip, which is where machines are told of CPU or CUDA builds; uv resolves the rest around it.
+$(STAMP): pyproject.toml $(addsuffix /pyproject.toml,$(MEMBERS)) .ci/torchvision_ops.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv torch==2.13.0
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --group dev $(addprefix -e ./,$(MEMBERS))
+	$(BIN)/python .ci/torchvision_ops.py
+	touch $@
+
+quickstart: env
+	$(BIN)/kd run quickstart --resume
+
+test: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/mypy kdcore/src cli/src
+
+docs: env
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+bench: env
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf .venv docs/_build runs

@@ -1,0 +1,234 @@
+"""What Python users call: run a recipe, distil two modules, plan, evaluate, load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcore import folder
+from kdcore.components import Component
+from kdcore.data import DataModule, Task, as_data_module
+from kdcore.errors import DataError, Interrupted, RecipeError, RunFolderError
+from kdcore.folder import RunFolder
+from kdcore.hookspecs import hookimpl
+from kdcore.models import FromColumns, Model, Source
+from kdcore.options import Download
+from kdcore.plugins import PluginManager
+from kdcore.recipe import Resolved, load, resolve
+from kdcore.runner import Result, Run, check_roles, run_facts
+from kdcore.stages import Method, Supervised
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    plugins: PluginManager | None = None,
+) -> Result:
+    """Run a recipe: a file, a mapping, or `method/recipe` for one that a plugin ships.
+
+    A run that was killed or interrupted goes on where it stopped when it is called again with the same folder and
+    recipe. A finished one is only opened with `resume`.
+
+    Args:
+        recipe: what to run.
+        overrides: `key=value` changes, such as `train.epochs=3`.
+        run_dir: the run folder; default: `runs/<name of the recipe>`.
+        resume: show the result of a finished run instead of refusing its folder.
+        plugins: a manager with further plugins registered.
+
+    Raises:
+        UserError: on wrong input, before anything is written where it can be known then.
+        RunFailed: if training goes wrong.
+        Interrupted: on SIGINT or SIGTERM, after a checkpoint.
+    """
+    manager = plugins or PluginManager()
+    source, name = find_recipe(recipe, manager)
+    resolved = resolve(load(source, overrides), manager, "the recipe" if isinstance(source, Mapping) else str(recipe))
+    return _run(resolved, manager, Path(run_dir or Path("runs") / name), resume)
+
+
+def distill(
+    teacher: Any,
+    student: Any,
+    data: Any,
+    method: str = "kd",
+    *,
+    task: Task | None = None,
+    keys: Sequence[str] = ("image", "label"),
+    train: Mapping[str, Any] | None = None,
+    eval: Mapping[str, Any] | None = None,
+    losses: Sequence[Mapping[str, Any]] = (),
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    plugins: PluginManager | None = None,
+    **options: Any,
+) -> Result:
+    """Distil a teacher into a student, both ordinary `nn.Module`s; the student is trained in place.
+
+    Args:
+        teacher, student: modules (called with the batch's first entry, or by the names their `forward` takes) or
+            `kdcore.Model`s. `teacher` may be `None` or a mapping of roles to modules.
+        data: a data set or `DataLoader`, a pair (train, val), or a mapping of splits to either.
+        method: name of the method; `options` are its options.
+        task: what the data asks; guessed from a batch if not given.
+        keys: names of the entries of tuple samples, in order.
+        train, eval, losses, seed: as in a recipe.
+        run_dir, resume, plugins: as for `run`.
+
+    Raises:
+        UserError: on wrong input.
+    """
+    manager = plugins or PluginManager()
+    module = as_data_module(data, task, keys)
+    teachers = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
+    given = {"data": module, "teachers": {k: _as_model(v) for k, v in teachers.items()},
+             "students": {"student": _as_model(student)}}  # fmt: skip
+    if module.task.num_classes is None and module.task.kind not in ("regression", "unlabelled"):
+        module.task = _with_classes(module, given["students"]["student"])
+    recipe = {"method": {"use": method, **options}, "data": "given", "train": dict(train or {}), "eval": dict(eval or {}),
+              "losses": list(losses), "seed": seed}  # fmt: skip
+    if not plugins or not any(info.name == "given" for info in manager.plugins()):
+        manager.register(_Given, name="given")
+    resolved = resolve(recipe, manager, "distill()")
+    return _run(resolved, manager, Path(run_dir or Path("runs") / method), resume, given)
+
+
+def _run(resolved: Resolved, manager: PluginManager, path: Path, resume: bool, given: Mapping[str, Any] | None = None) -> Result:
+    run = Run(resolved, manager, path, given)
+    main = run.accelerator.is_main_process
+    if main:
+        run.folder = RunFolder(path, resolved.dump(), resume)
+    run.accelerator.wait_for_everyone()
+    try:
+        status = run.folder.read() if run.folder else {}
+        if status.get("status") == "finished":
+            return Result(path, status.get("metrics", {}), status.get("rows", []))
+        if run.folder:
+            run.folder.update(**run_facts(run, status))
+        run.accelerator.init_trackers("tracker")
+        result = run.execute()
+    except BaseException as error:
+        if run.folder:
+            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+            run.folder.update(status="interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        run.accelerator.end_training()
+        if run.folder:
+            run.folder.close()
+    return result
+
+
+def find_recipe(recipe: str | Path | Mapping[str, Any], manager: PluginManager) -> tuple[Any, str]:
+    """A recipe's source and name: a mapping, a file, or `method` or `method/recipe` of a plugin.
+
+    Raises:
+        RecipeError, ComponentError: if there is none.
+    """
+    if isinstance(recipe, Mapping):
+        return recipe, "run"
+    text = str(recipe)
+    if text.endswith((".yaml", ".yml")) or Path(text).exists():
+        return Path(text), Path(text).stem
+    method, _, name = text.partition("/")
+    files = manager.get("method", method).recipe_files()
+    if (name or "quickstart") not in files:
+        raise RecipeError(f"method {method!r} ships no recipe {name or 'quickstart'!r}; recipes: {', '.join(files) or 'none'}")
+    return Path(str(files[name or "quickstart"])), f"{method.partition(':')[2] or method}-{name or 'quickstart'}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would do: the resolved recipe, and what would be downloaded, by key path."""
+
+    resolved: Resolved
+    downloads: dict[str, list[Download]]
+
+
+def plan(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), *,
+         plugins: PluginManager | None = None) -> Plan:  # fmt: skip
+    """Validate a recipe as far as it can be without its models and data, and list what it would download.
+
+    Raises:
+        UserError: as `run`.
+    """
+    manager = plugins or PluginManager()
+    source, _ = find_recipe(recipe, manager)
+    resolved = resolve(load(source, overrides), manager, str(recipe))
+    found = {key: options.downloads() for key, options in resolved.options.items() if options is not None}
+    method: Method = manager.get("method", resolved.recipe.method.use).load_target()(resolved.options["method"])
+    check_roles(method, resolved.recipe, {})
+    return Plan(resolved, {key: downloads for key, downloads in found.items() if downloads})
+
+
+def evaluate(run_dir: str | Path, split: str | None = None, overrides: Iterable[str] = (),
+             plugins: PluginManager | None = None) -> dict[str, float]:  # fmt: skip
+    """Load the student of a finished run and measure it again on a split (default: those of the recipe's `eval.on`).
+
+    Raises:
+        RunFolderError: if the folder holds no finished run.
+    """
+    path = Path(run_dir)
+    run, model = load_student(path, overrides, plugins)
+    final = Supervised(model, run.data.task, name="final")
+    final._predict = run.method.predict
+    return {k: v for name in ([split] if split else run.recipe.eval.on) for k, v in run.evaluate(final, name).items()}
+
+
+def load_student(run_dir: str | Path, overrides: Iterable[str] = (),
+                 plugins: PluginManager | None = None, role: str = "student") -> tuple[Run, Model]:  # fmt: skip
+    """The run of a folder, not executed, and its trained student."""
+    path = Path(run_dir)
+    if not (path / "recipe.yaml").is_file():
+        raise RunFolderError(f"{path} is not a run folder: it has no recipe.yaml")
+    where = student_folder(path, role)
+    folder.verify(where)
+    manager = plugins or PluginManager()
+    data = load(path / "recipe.yaml", overrides)
+    if data["data"]["use"] == "given":
+        raise RunFolderError(f"{path} was made from Python objects; load {where} in Python instead")
+    data["students"][role] = {**data["students"][role], "checkpoint": str(where)}
+    run = Run(resolve(data, manager, str(path / "recipe.yaml")), manager, path)
+    return run, run.model(role)
+
+
+def student_folder(path: Path, role: str = "student") -> Path:
+    """The folder of a trained student: of a run folder, the student in it; any other folder is taken as it is."""
+    if (path / "run.json").is_file():
+        for where in (path / "student", path / "students" / role):
+            if where.is_dir():
+                return where
+        raise RunFolderError(f"{path}: the run has no finished student yet; finish it with the same command")
+    return path
+
+
+class _Given:
+    """Makes `use: given` a valid name in the recipes that `distill` writes."""
+
+    @hookimpl
+    def kd_register_data(self) -> list[Component]:
+        return [Component("data", "given", target=_refuse_given, summary="data handed over in Python")]
+
+
+def _refuse_given(options: Any) -> DataModule:
+    raise DataError("this recipe was made by kdcore.distill() from Python objects and cannot run without them")
+
+
+def _as_model(value: Any) -> Source:
+    return value if isinstance(value, Model | FromColumns) else Model(value)
+
+
+def _with_classes(data: DataModule, student: Source) -> Task:
+    training = isinstance(student, torch.nn.Module) and student.training
+    with torch.no_grad():
+        logits = student.eval()(data.sample("train")).need("logits")
+    student.train(training)
+    return replace(data.task, num_classes=logits.shape[-1 if logits.ndim == 3 else 1])

@@ -1,0 +1,288 @@
+"""The training loop: one, over Accelerate, for every stage that trains."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor, nn
+
+from kdcore import checkpoint
+from kdcore.data import derive_seed, seeded, to_device
+from kdcore.errors import Interrupted, RunFailed
+from kdcore.losses import Progress
+from kdcore.metrics import metric_names
+from kdcore.models import Batch
+from kdcore.recipe import ScheduleOptions
+from kdcore.stages import TrainStage
+
+if TYPE_CHECKING:
+    from kdcore.runner import Run
+
+logger = logging.getLogger(__name__)
+
+
+def train(run: Run, stage: TrainStage, workspace: Path) -> None:
+    """Train a stage to its end, from its last checkpoint if there is one.
+
+    Raises:
+        RunFailed: if a term becomes NaN or infinite; the last good checkpoint is kept.
+        Interrupted: after a signal, with a checkpoint written.
+    """
+    _Trainer(run, stage, workspace).train()
+
+
+def prepare(run: Run, stage: TrainStage) -> None:
+    """Put a stage and its frozen models on the device and make its lazy adapters, without touching any random state."""
+    stage.to(run.device)
+    for model in stage.frozen.values():
+        model.to(run.device).eval()
+    batches = {name: to_device(run.data.sample(name), run.device) for name in stage.splits}
+    batch = batches if len(stage.splits) > 1 else next(iter(batches.values()))
+    stage.eval()
+    with seeded(derive_seed(run.seed, stage.name, "adapters")), torch.no_grad():
+        stage.prepare(batch)
+    stage.to(run.device)
+
+
+def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[str, float]:
+    """The metrics of what a stage evaluates, on a split; the same on every process."""
+    accelerator, data = run.accelerator, run.data
+    names = metric_names(data.task, run.recipe.eval.metrics)
+    metrics = stage.make_metrics(data.task, names, run.device)
+    was_training = stage.training
+    stage.eval()
+    with torch.no_grad(), accelerator.autocast():
+        for batch in data.eval_loader(split, batch_size, accelerator.process_index, accelerator.num_processes):
+            batch = to_device(batch, run.device)
+            if (outputs := stage.evaluate(batch)) is not None:
+                metrics.update(outputs, batch)
+    stage.train(was_training)
+    return metrics.compute()
+
+
+def schedule_factor(options: ScheduleOptions, step: int, total: int) -> float:
+    """The learning rate at a step as a factor of its peak."""
+    warmup = options.warmup * total if options.warmup < 1 else options.warmup
+    if step < warmup:
+        return (step + 1) / max(warmup, 1)
+    done = (step - warmup) / max(total - warmup, 1)
+    if options.name == "constant":
+        return 1.0
+    if options.name == "multistep":
+        return options.gamma ** sum(step / total >= m for m in options.milestones)
+    shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
+             "polynomial": (1 - done) ** options.power}[options.name]  # fmt: skip
+    return options.final + (1 - options.final) * shape
+
+
+class _Trainer:
+    """One stage's training: everything the loop needs, and the loop."""
+
+    def __init__(self, run: Run, stage: TrainStage, workspace: Path) -> None:
+        self.run, self.stage, self.checkpoints = run, stage, workspace / "checkpoints"
+        self.accelerator, self.data = run.accelerator, run.data
+        self.options = options = run.recipe.train_for(stage.name, stage.overrides)
+        self.per_epoch = self.data.steps_per_epoch(stage.splits[0], options.batch_size)
+        if options.steps is None and self.per_epoch is None:
+            raise RunFailed(f"stage {stage.name!r}: the data is a stream without a length: set train.steps")
+        self.total = options.steps or max(1, round(options.epochs * (self.per_epoch or 0)))
+        self.parts = self.accelerator.num_processes * options.grad_accumulation
+        if options.batch_size % self.parts:
+            raise RunFailed(f"train.batch_size {options.batch_size} cannot be split into {self.parts} equal micro-batches "
+                            "(processes × grad_accumulation)")  # fmt: skip
+        self.step = 0
+        self.pending: list[tuple[int, dict[str, Tensor], list[Any]]] = []
+
+    def train(self) -> None:
+        """Prepare, resume, loop."""
+        stage, options = self.stage, self.options
+        set_seed(derive_seed(self.run.seed, stage.name) % 2**31, device_specific=True)
+        prepare(self.run, stage)
+        if options.compile:
+            stage.compile()
+        stage.train()
+        self.optimizers = stage.optimizers(options)
+        self.base_lrs = {o: [g["lr"] for g in opt.param_groups] for o, opt in self.optimizers.items()}
+        unused = stage.find_unused_parameters or len(stage.objectives) > 1
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
+        prepared = self.accelerator.prepare(stage, *self.optimizers.values())
+        self.module: nn.Module = prepared[0]
+        self.optimizers = dict(zip(self.optimizers, prepared[1:], strict=True))
+        try:
+            self._resume()
+            with self.run.signals() as signals:
+                self._loop(signals)
+        finally:
+            self.accelerator.free_memory()
+
+    def _resume(self) -> None:
+        found = checkpoint.latest(self.checkpoints)
+        if found:
+            path, facts = found
+            checkpoint.restore(self.accelerator, path)
+            self.step = facts["step"]
+            logger.info("stage %s resumes at step %d of %d", self.stage.name, self.step, self.total)
+        self.run.forget_rows_after(self.stage.name, self.step)
+
+    def _loop(self, signals: list[int]) -> None:
+        loaders = [self._batches(name) for name in self.stage.splits]
+        started, first = time.perf_counter(), self.step
+        while self.step < self.total and not self.run.stop_reason:
+            micro = [self._draw(loaders) for _ in range(self.options.grad_accumulation)]
+            terms = self._iterate(micro)
+            self.step += 1
+            self.pending.append((self.step, terms, [_index(batch) for batch in micro]))
+            self.run.notify("kd_step_finished", stage=self.stage, step=self.step, terms=terms)
+            if self._due(self.options.log_every) or self.step == self.total:
+                self._log()
+            if self._due(self.options.eval_every or self.per_epoch):
+                self._evaluate()
+            if self._stop_asked(signals):
+                self._save()
+                raise Interrupted(f"interrupted in stage {self.stage.name!r} at step {self.step} of {self.total}; "
+                                  "the same command goes on from here")  # fmt: skip
+            if self.step < self.total and self._due(self.options.save_every or self.per_epoch):
+                self._save()
+        self._log()
+        self.run.stop_reason = None
+        self.run.timings[self.stage.name] = {"seconds": time.perf_counter() - started, "steps": self.step - first}
+
+    def _stop_asked(self, signals: list[int]) -> bool:
+        """Whether a signal came; several processes agree on it, at the steps where they wait for each other anyway."""
+        if self.accelerator.num_processes == 1:
+            return bool(signals)
+        if self.pending:
+            return False
+        asked = torch.tensor(float(bool(signals)), device=self.run.device)
+        return bool(self.accelerator.reduce(asked, "sum").item())
+
+    def _batches(self, split: str) -> Iterator[Batch]:
+        """A split's micro-batches from the current step to the last, endless for all but the first split."""
+        return iter(self.data.train_loader(
+            split, self.options.batch_size, seed=self.run.seed, start=self.step, stop=self.total,
+            accumulation=self.options.grad_accumulation, rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes, workers=self.options.workers, augment=self.stage.augment,
+            pin_memory=self.run.device.type == "cuda",
+        ))  # fmt: skip
+
+    def _draw(self, loaders: list[Iterator[Batch]]) -> Batch:
+        batches = [to_device(next(loader), self.run.device) for loader in loaders]
+        return batches[0] if len(batches) == 1 else dict(zip(self.stage.splits, batches, strict=True))
+
+    def _iterate(self, micro: list[Batch]) -> dict[str, Tensor]:
+        """One step: for each objective, forward and backward over the micro-batches, then its optimizer."""
+        stage, accelerator = self.stage, self.accelerator
+        stage.progress = Progress(self.step, self.step // (self.per_epoch or self.total), self.step / self.total)
+        factor = schedule_factor(self.options.schedule, self.step, self.total)
+        stage.before_step(micro)
+        shares = self._shares(micro)
+        logged: dict[str, Tensor] = {}
+        for objective, optimizer in self.optimizers.items():
+            for group, lr in zip(optimizer.param_groups, self.base_lrs[objective], strict=True):
+                group["lr"] = lr * factor
+            stage.zero_grad(set_to_none=True)
+            for i, batch in enumerate(micro):
+                last = i == len(micro) - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
+                    terms = self.module(batch, objective)
+                    if shares:
+                        terms = {name: value * _share_of(shares[i], name) for name, value in terms.items()}
+                    accelerator.backward(_sum(terms))
+                for name, value in terms.items():
+                    value = value.detach()
+                    logged[name] = logged[name] + value if name in logged else value
+            if self.options.clip_norm is not None:
+                accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.options.clip_norm)
+            optimizer.step()
+        stage.after_step()
+        return logged
+
+    def _shares(self, micro: list[Batch]) -> list[dict[str, Tensor | float]]:
+        """What each micro-batch's means count for in the mean of the whole batch, by term; nothing if it is all there is.
+
+        A mean over c of the C units that all processes and micro-batches hold together has the share c / C; times the
+        number of processes, because gradients are averaged over them.
+        """
+        if self.parts == 1:
+            return []
+        batches = [b if len(self.stage.splits) == 1 else b[self.stage.splits[0]] for b in micro]
+        counts = [{"": count_samples(b), **self.stage.counts(whole)} for b, whole in zip(batches, micro, strict=True)]
+        world, shares = self.accelerator.num_processes, [dict[str, Tensor | float]() for _ in micro]
+        for name in counts[0]:
+            values = [c[name] for c in counts]
+            if any(v is None for v in values):
+                for share in shares:
+                    share[name] = 1 / len(micro)
+                continue
+            local = torch.stack([v.to(torch.float64) for v in values if v is not None])
+            whole = self.accelerator.reduce(local.sum(), "sum").clamp(min=1)
+            for share, value in zip(shares, local * world / whole, strict=True):
+                share[name] = value.float()
+        return shares
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _log(self) -> None:
+        """Read the terms of the steps since the last time, all at once; stop if one is not finite; write a row."""
+        if not self.pending:
+            return
+        names = list(self.pending[0][1])
+        values = torch.stack([torch.stack([terms[n].float() for n in names]) for _, terms, _ in self.pending])
+        rows = self.accelerator.reduce(values, "mean").tolist()
+        for row, (step, _, indices) in zip(rows, self.pending, strict=True):
+            for name, value in zip(names, row, strict=True):
+                if not math.isfinite(value):
+                    shown = [i for part in indices for i in self.accelerator.gather(part).tolist()]
+                    raise RunFailed(f"stage {self.stage.name!r}: the term {name!r} became {value} at step {step}; samples of "
+                                    f"that batch: {shown}. The last good checkpoint is kept. Lower the learning rate or the "
+                                    "term's weight, set train.clip_norm, or look at these samples")  # fmt: skip
+        self.pending.clear()
+        terms = dict(zip(names, rows[-1], strict=True))
+        lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        epoch = self.step / self.per_epoch if self.per_epoch else None
+        self.run.log({"stage": self.stage.name, "step": self.step, "epoch": epoch, "lr": lr, "terms": terms})
+
+    def _evaluate(self) -> None:
+        split = self.run.recipe.eval.on[0]
+        if type(self.stage).evaluate is TrainStage.evaluate or split not in self.data:
+            return
+        found = evaluate(self.run, self.stage, split, self.options.eval_batch_size or self.options.batch_size)
+        self.run.report_metrics(self.stage, self.step, {f"{split}/{name}": value for name, value in found.items()})
+
+    def _save(self) -> None:
+        self._log()  # a step that went wrong must not become a checkpoint
+        path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints)
+        self.run.notify("kd_checkpoint_saved", stage=self.stage, path=path)
+
+
+def count_samples(batch: Batch) -> Tensor:
+    """Samples in a batch, as a scalar tensor."""
+    return torch.full((), float(_index(batch).shape[0]), device=_index(batch).device)
+
+
+def _index(batch: Batch) -> Tensor:
+    index = batch["index"] if "index" in batch else torch.cat([b["index"] for b in batch.values()])
+    return index if isinstance(index, Tensor) else torch.as_tensor(index)
+
+
+def _share_of(shares: Mapping[str, Tensor | float], term: str) -> Tensor | float:
+    return shares.get(term.partition("/")[0], shares[""])
+
+
+def _sum(terms: Mapping[str, Tensor]) -> Tensor:
+    values = iter(terms.values())
+    total = next(values)
+    for value in values:
+        total = total + value
+    return total
+
+

@@ -1,0 +1,301 @@
+"""Models behind one call: `forward(batch) -> Outputs`, with taps, freezing, saving and a description."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcore.errors import ModelError, did_you_mean
+
+Batch = dict[str, Any]
+"""Tensors (and lists of raw text) by key; the keys are listed in `kdcore.data.BATCH_KEYS`."""
+
+SIGNALS = ("logits", "embedding", "features", "extras")
+
+
+@dataclass
+class Outputs:
+    """What a model says about a batch.
+
+    Args:
+        logits: `[B, C]` for a class per sample, `[B, C, H, W]` for a class per pixel, `[B, T, V]` for tokens.
+        embedding: `[B, D]`, the input of the last linear layer.
+        features: tapped activations by tap name, in the order of the model's modules.
+        extras: anything else a method needs, by name.
+    """
+
+    logits: Tensor | None = None
+    embedding: Tensor | None = None
+    features: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def need(self, signal: str) -> Tensor:
+        """`logits` or `embedding`, for certain.
+
+        Raises:
+            ModelError: if the model does not give it.
+        """
+        value = getattr(self, signal)
+        if value is None:
+            raise ModelError(f"the model gives no {signal}")
+        return value  # type: ignore[no-any-return]
+
+    def select(self, names: Sequence[str]) -> list[Tensor]:
+        """The features of these tap names, in this order."""
+        return [self.features[name] for name in names]
+
+    def detach(self) -> Outputs:
+        """The same outputs outside the autograd graph."""
+        return map_tensors(self, Tensor.detach)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `function` to every tensor inside nested outputs, dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Outputs):
+        return replace(value, **{name: map_tensors(getattr(value, name), function) for name in SIGNALS})
+    if isinstance(value, dict):
+        return {k: map_tensors(v, function) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(v, function) for v in value)
+    return value
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a model's logits mean, so that a teacher and a student that do not fit are found before the first step.
+
+    Args:
+        count: number of classes or size of the vocabulary.
+        names: class names in the order of the logits, where known.
+        vocabulary: fingerprint of the tokenizer, where there is one.
+    """
+
+    count: int | None = None
+    names: tuple[str, ...] | None = None
+    vocabulary: str | None = None
+
+
+class Model(nn.Module):
+    """An `nn.Module` behind the uniform call `forward(batch) -> Outputs`.
+
+    Args:
+        module: the network itself; its parameters are the model's.
+        call: `call(module, batch)` returning `Outputs`, a tensor of logits, or an object with `.logits`. Default: the
+            module is called with the batch entries its `forward` names, or else with the first entry.
+        save: `save(folder)` writes the native format. Default: `model.safetensors` with the module's state.
+        labels: what the logits mean.
+        stages: module names of the network's stages, shallow to deep: what the taps `@0`, `@-1` and `@all` refer to.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Callable[[Any, Batch], Any] | None = None,
+        *,
+        save: Callable[[Path], None] | None = None,
+        labels: Labels | None = None,
+        stages: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.labels = labels or Labels()
+        self.stages = tuple(stages)
+        self.frozen = False
+        self._call = call or call_by_name
+        self._save = save
+        self._taps: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._caught: dict[str, Any] = {}
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Run the network on a batch; the features hold every tap of this call and of no other."""
+        self._caught = {}
+        outputs = as_outputs(self._call(self.module, batch))
+        if self._taps:
+            outputs.features = {name: self._caught[name] for name in self._taps if name in self._caught}
+            self._caught = {}
+        return outputs
+
+    def tap(self, *patterns: str) -> list[str]:
+        """Read the activations of the modules that match; returns the tap names, to be found in `Outputs.features`.
+
+        A pattern is a module name with `*` and `?` wildcards (`layer3`, `blocks.*.attn`), or a stage: `@0` is the
+        first, `@-1` the last, `@all` all of them. The suffix `:input` reads what goes into the module instead, such
+        as the activation before a ReLU. In-place activations are switched off, or they would change what was read.
+
+        Raises:
+            ModelError: if a pattern matches nothing; near matches are listed.
+        """
+        names: list[str] = []
+        for pattern in patterns:
+            for name in self._matches(pattern):
+                names.append(name)
+                if name not in self._taps:
+                    self._taps[name] = self._hook(name)
+        if names:
+            for module in self.module.modules():
+                if getattr(module, "inplace", False) is True:
+                    module.inplace = False  # type: ignore[assignment]
+        return list(dict.fromkeys(names))
+
+    def _matches(self, pattern: str) -> list[str]:
+        path, colon, end = pattern.partition(":")
+        if colon and end not in ("input", "output"):
+            raise ModelError(f"tap {pattern!r}: after the colon comes 'input' or 'output', not {end!r}")
+        suffix = ":input" if end == "input" else ""
+        if stage := re.fullmatch(r"@(all|-?\d+)", path):
+            return [name + suffix for name in self._stage_names(pattern, stage[1])]
+        names = [name for name, _ in self.module.named_modules() if name]
+        found = [name for name in names if fnmatch.fnmatchcase(name, path)]
+        if not found:
+            raise ModelError(f"tap {pattern!r} matches no module of {type(self.module).__name__}; "
+                             f"{did_you_mean(path, names, 'modules')}")  # fmt: skip
+        return [name + suffix for name in found]
+
+    def _stage_names(self, pattern: str, stage: str) -> list[str]:
+        if not self.stages:
+            raise ModelError(f"tap {pattern!r}: {type(self.module).__name__} names no stages; write module names instead")
+        if stage == "all":
+            return list(self.stages)
+        try:
+            return [self.stages[int(stage)]]
+        except IndexError:
+            raise ModelError(f"tap {pattern!r}: the model has {len(self.stages)} stages: "
+                             f"{', '.join(self.stages)}") from None  # fmt: skip
+
+    def _hook(self, name: str) -> torch.utils.hooks.RemovableHandle:
+        module = self.module.get_submodule(name.removesuffix(":input"))
+        if name.endswith(":input"):
+            return module.register_forward_pre_hook(lambda _, args: self._caught.__setitem__(name, _first(args)))
+        return module.register_forward_hook(lambda _, args, output: self._caught.__setitem__(name, _first(output)))
+
+    def freeze(self) -> Model:
+        """No gradients, and evaluation mode for good: `train()` no longer changes it. Returns the model."""
+        self.frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Model:
+        """As `nn.Module.train`, but a frozen model stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+    def save(self, folder: Path) -> None:
+        """Write the model in its native format, which loads without this project."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._save is not None:
+            return self._save(folder)
+        from safetensors.torch import save_model
+
+        save_model(self.module, str(folder / "model.safetensors"))
+        return None
+
+    def describe(self, batch: Batch, repeats: int = 10) -> dict[str, float]:
+        """Parameters, FLOPs per sample and latency per sample in milliseconds (median), on the batch's first sample."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        one = {k: v[:1] for k, v in batch.items()}
+        was_training, device = self.training, next(self.parameters(), torch.empty(0)).device
+        self.eval()
+        with torch.no_grad():
+            with FlopCounterMode(display=False) as counter:
+                self(one)
+            times = [_timed(lambda: self(one), device) for _ in range(repeats)]
+        self.train(was_training)
+        parameters = sum(p.numel() for p in self.module.parameters())
+        size = sum(t.numel() * t.element_size() for t in self.module.state_dict().values())
+        return {"parameters": float(parameters), "flops": float(counter.get_total_flops()),
+                "latency_ms": 1e3 * sorted(times)[len(times) // 2], "size_bytes": float(size)}  # fmt: skip
+
+
+def call_by_name(module: nn.Module, batch: Batch) -> Any:
+    """Call a module with the batch entries that its `forward` names, or else with the batch's first entry."""
+    names = [p for p in inspect.signature(module.forward).parameters if p in batch and p not in ("label", "labels")]
+    return module(**{name: batch[name] for name in names}) if names else module(next(iter(batch.values())))
+
+
+def as_outputs(value: Any) -> Outputs:
+    """Outputs from what networks commonly return: outputs, logits, a dict or object with logits, or a tuple."""
+    if isinstance(value, Outputs):
+        return value
+    if isinstance(value, Tensor):
+        return Outputs(logits=value)
+    if isinstance(value, Mapping) and "logits" in value:
+        return Outputs(logits=value["logits"], embedding=value.get("embedding"))
+    if hasattr(value, "logits"):
+        return Outputs(logits=value.logits)
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+        return Outputs(logits=value[0])
+    raise ModelError(f"a model returned {type(value).__name__}; return a tensor of logits or kdcore.Outputs")
+
+
+class FromColumns(nn.Module):
+    """A teacher whose signals stand in the data: `signal -> batch key`, such as `{"logits": "teacher_logits"}`."""
+
+    def __init__(self, columns: Mapping[str, str], labels: Labels | None = None) -> None:
+        super().__init__()
+        self.columns = dict(columns)
+        self.labels = labels or Labels()
+
+    def forward(self, batch: Batch) -> Outputs:
+        """The signals of a batch, read from its columns."""
+        missing = [key for key in self.columns.values() if key not in batch]
+        if missing:
+            raise ModelError(f"the data has no column {', '.join(map(repr, missing))} for the teacher's signals; "
+                             f"{did_you_mean(missing[0], batch, 'columns')}")  # fmt: skip
+        return Outputs(**{signal: batch[key] for signal, key in self.columns.items()})
+
+    def tap(self, *patterns: str) -> list[str]:
+        """Refused: columns hold no activations."""
+        raise ModelError(f"the teacher's signals come from columns ({', '.join(self.columns)}); "
+                         f"features ({', '.join(patterns)}) need a live teacher")  # fmt: skip
+
+    def freeze(self) -> FromColumns:
+        """Nothing to freeze; returns itself."""
+        return self
+
+
+Source = Model | FromColumns
+"""Anything that gives a role's signals for a batch."""
+
+
+def check_pair(teacher: Labels, student: Labels, names: tuple[str, str] = ("teacher", "student")) -> None:
+    """Refuse two models whose logits do not mean the same.
+
+    Raises:
+        ModelError: on different class counts, class names or orders, or vocabularies.
+    """
+    who = f"{names[0]} and {names[1]}"
+    if teacher.vocabulary and student.vocabulary and teacher.vocabulary != student.vocabulary:
+        raise ModelError(f"{who} have different vocabularies ({teacher.vocabulary} and {student.vocabulary}): their "
+                         "logits do not mean the same tokens. Use a loss for different tokenizers, or one tokenizer")  # fmt: skip
+    if teacher.count and student.count and teacher.count != student.count:
+        raise ModelError(f"{names[0]} has {teacher.count} classes, {names[1]} has {student.count}: give both the same "
+                         "label set (check `checkpoint` and `num_classes`)")  # fmt: skip
+    if teacher.names and student.names and teacher.names != student.names:
+        first = next(i for i, pair in enumerate(zip(teacher.names, student.names, strict=False)) if pair[0] != pair[1])
+        raise ModelError(f"{who} order their labels differently: class {first} is {teacher.names[first]!r} and "
+                         f"{student.names[first]!r}. Reorder the data's class names to the teacher's")  # fmt: skip
+
+
+def _first(value: Any) -> Any:
+    while isinstance(value, tuple | list) and value:
+        value = value[0]
+    return getattr(value, "last_hidden_state", value)
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

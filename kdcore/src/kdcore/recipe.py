@@ -1,0 +1,330 @@
+"""The recipe: which components, with which options, trained how. Validated before anything heavy is imported."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kdcore.components import Kind
+from kdcore.errors import ComponentError, RecipeError, did_you_mean
+from kdcore.options import Options
+from kdcore.plugins import PluginManager
+
+OPTIMIZERS: dict[str, set[str]] = {
+    "sgd": {"weight_decay", "momentum", "nesterov"},
+    "adam": {"weight_decay", "betas", "eps"},
+    "adamw": {"weight_decay", "betas", "eps"},
+    "nadam": {"weight_decay", "betas", "eps"},
+    "radam": {"weight_decay", "betas", "eps"},
+    "rmsprop": {"weight_decay", "momentum", "eps"},
+    "adagrad": {"weight_decay", "eps"},
+}
+
+
+def _shorthand(value: Any) -> Any:
+    return {"use": value} if isinstance(value, str) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class OptimizerOptions(_Section):
+    """The optimizer. What is not given keeps torch's own default."""
+
+    name: Literal["sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad"] = Field("adamw", description="which")
+    lr: float = Field(1e-3, gt=0, description="learning rate at its peak")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay")
+    momentum: float | None = Field(None, ge=0, description="momentum (sgd, rmsprop)")
+    nesterov: bool | None = Field(None, description="Nesterov momentum (sgd)")
+    betas: tuple[float, float] | None = Field(None, description="decay of the moments (adam and its kin)")
+    eps: float | None = Field(None, gt=0, description="term added to the denominator")
+
+    @model_validator(mode="after")
+    def _fits(self) -> OptimizerOptions:
+        extra = self.model_fields_set - OPTIMIZERS[self.name] - {"name", "lr"}
+        if wrong := [key for key in sorted(extra) if getattr(self, key) is not None]:
+            raise ValueError(f"{self.name} has no {', '.join(wrong)}; it has: {', '.join(sorted(OPTIMIZERS[self.name]))}")
+        return self
+
+
+class ScheduleOptions(_Section):
+    """The learning rate as a factor of its peak, over a stage's optimizer steps."""
+
+    name: Literal["constant", "linear", "cosine", "polynomial", "multistep"] = Field("cosine", description="its shape")
+    warmup: float = Field(0.0, ge=0, description="linear warm-up: a fraction of all steps if below 1, else steps")
+    final: float = Field(0.0, ge=0, le=1, description="factor at the end (linear, cosine, polynomial)")
+    power: float = Field(0.9, gt=0, description="exponent (polynomial)")
+    milestones: list[float] = Field([], description="fractions of the stage at which the rate drops (multistep)")
+    gamma: float = Field(0.1, gt=0, description="factor of each drop (multistep)")
+
+
+class TrainOptions(_Section):
+    """How a training stage trains."""
+
+    epochs: float = Field(10, gt=0, description="passes over the training split")
+    steps: int | None = Field(None, gt=0, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(64, gt=0, description="examples per optimizer step, over all processes and accumulation")
+    eval_batch_size: int | None = Field(None, gt=0, description="examples per process and batch in evaluation")
+    optimizer: Annotated[OptimizerOptions, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Field(
+        default_factory=lambda: OptimizerOptions(), description="the optimizer"
+    )
+    schedule: Annotated[ScheduleOptions, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Field(
+        default_factory=lambda: ScheduleOptions(), description="the learning-rate schedule"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast precision of the whole run")
+    grad_accumulation: int = Field(1, gt=0, description="micro-batches a batch is split into; the result is the same")
+    clip_norm: float | None = Field(None, gt=0, description="gradients are scaled down to this norm")
+    compile: bool = Field(False, description="compile student and teacher with torch.compile")
+    workers: int = Field(0, ge=0, description="data-loading processes")
+    log_every: int = Field(10, gt=0, description="steps between rows of metrics.jsonl")
+    eval_every: int | None = Field(None, gt=0, description="steps between evaluations on val; default: every epoch")
+    save_every: int | None = Field(None, gt=0, description="steps between checkpoints; default: every epoch")
+    keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept")
+
+
+class ModelSpec(BaseModel):
+    """One teacher or student: its component, that component's options, and whether it is trained first."""
+
+    model_config = ConfigDict(extra="allow")
+    use: str
+    train: Annotated[dict[str, Any] | None, BeforeValidator(lambda v: {} if v is True else None if v is False else v)] = None
+
+
+class LossSpec(BaseModel):
+    """One loss of the list, and how it enters the sum."""
+
+    model_config = ConfigDict(extra="allow")
+    use: str
+    name: str | None = None
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    warmup: float = Field(0.0, ge=0)
+    teacher: str = "teacher"
+
+
+class ComponentSpec(BaseModel):
+    """Data or a method: its component and that component's options."""
+
+    model_config = ConfigDict(extra="allow")
+    use: str
+
+
+class StageOverrides(_Section):
+    """What one stage does differently, by stage name."""
+
+    train: dict[str, Any] = Field({}, description="overrides of `train`")
+
+
+class EvalOptions(_Section):
+    """What is measured, and on which splits. The first metric is the one that comparisons use."""
+
+    metrics: list[str] = Field([], description="names; default: the task's own")
+    on: list[str] = Field(["val"], description="splits the student is evaluated on at the end; the first during training")
+
+
+Model = Annotated[ModelSpec, BeforeValidator(_shorthand)]
+
+
+class Recipe(_Section):
+    """A whole recipe. `teacher: X` is short for `teachers: {teacher: X}`, likewise `student`."""
+
+    method: Annotated[ComponentSpec, BeforeValidator(_shorthand)]
+    teachers: dict[str, Model] = {}
+    students: dict[str, Model] = {}
+    data: Annotated[ComponentSpec, BeforeValidator(_shorthand)]
+    losses: list[Annotated[LossSpec, BeforeValidator(_shorthand)]] = []
+    train: TrainOptions = Field(default_factory=lambda: TrainOptions())
+    stages: dict[str, StageOverrides] = {}
+    eval: EvalOptions = Field(default_factory=lambda: EvalOptions())
+    seed: int = Field(0, ge=0)
+    trackers: list[str] | None = Field(None, description="Accelerate trackers; default: tensorboard where installed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _roles(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            value = dict(value)
+            for one, many in (("teacher", "teachers"), ("student", "students")):
+                if one in value:
+                    if many in value:
+                        raise ValueError(f"give either {one!r} or {many!r}, not both")
+                    value[many] = {one: value.pop(one)}
+        return value
+
+    def train_for(self, stage: str, *more: Mapping[str, Any]) -> TrainOptions:
+        """The `train` section of one stage: the recipe's, changed by `more` and then by `stages.<stage>.train`."""
+        merged: dict[str, Any] = self.train.model_dump(exclude_unset=True)
+        for override in (*more, self.stages[stage].train if stage in self.stages else {}):
+            merged = _deep_merge(merged, override)
+        return TrainOptions.model_validate(merged)
+
+
+def _deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    if "epochs" in over and "steps" not in over:
+        merged.pop("steps", None)
+    for key, value in over.items():
+        value = {"name": value} if key in ("optimizer", "schedule") and isinstance(value, str) else value
+        old = merged.get(key)
+        same = isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("name", old.get("name")) == old.get("name")
+        merged[key] = _deep_merge(old, value) if same else value  # type: ignore[arg-type]
+    return merged
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A valid recipe and the validated options of each of its components, by key path such as `students.student`."""
+
+    recipe: Recipe
+    options: dict[str, Options | None]
+
+    def dump(self) -> dict[str, Any]:
+        """The recipe as plain data, every default of its components written out: what the run folder keeps."""
+        data = self.recipe.model_dump(mode="json", exclude_none=True)
+        for key, options in self.options.items():
+            node: Any = data
+            for part in key.split("."):
+                node = node[int(part)] if isinstance(node, list) else node[part]
+            node.update(options.model_dump(mode="json") if options else {})
+        return data
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a recipe file (or take a mapping), apply `key=value` overrides and resolve interpolations.
+
+    Raises:
+        RecipeError: if the file is missing, a folder, empty, not YAML, not a mapping, or an override is malformed.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    name = "the recipe" if isinstance(source, Mapping) else str(source)
+    try:
+        if isinstance(source, Mapping):
+            config: Any = OmegaConf.create(dict(source))
+        else:
+            config = OmegaConf.load(source)
+        if not isinstance(config, DictConfig):
+            raise RecipeError(f"{name}: a recipe is a mapping of keys such as 'method:', not a {_kind_of(config)}")
+        if not config:
+            raise RecipeError(f"{name}: the recipe is empty; `kd cp METHOD/quickstart` gives one to start from")
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals or not key.strip():
+                raise RecipeError(f"override {override!r}: write key=value, such as train.epochs=3")
+            OmegaConf.update(config, key.strip(), OmegaConf.create(f"v: {value}" if value else "v: ''").v, merge=True)
+        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except IsADirectoryError:
+        raise RecipeError(f"{name}: this is a folder; name the recipe file in it") from None
+    except FileNotFoundError:
+        raise RecipeError(f"{name}: there is no such file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{name}: not a YAML file: it is not text") from None
+    except OSError as error:
+        if not getattr(error, "strerror", None):  # OmegaConf's own, for a scalar at the top
+            raise RecipeError(f"{name}: a recipe is a mapping of keys such as 'method:'") from None
+        raise RecipeError(f"{name}: cannot be read: {error.strerror}") from None
+    except YAMLError as error:
+        raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def resolve(data: Mapping[str, Any], manager: PluginManager, source: str = "recipe") -> Resolved:
+    """Validate a recipe and the options of every component it names. All problems are reported together.
+
+    Raises:
+        RecipeError: with one line per problem, each with its key path and what would be valid.
+    """
+    try:
+        recipe = Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        raise RecipeError(_report(source, explain(error, Recipe))) from None
+    problems: list[str] = []
+    options: dict[str, Options | None] = {}
+    for key, kind, spec in _components(recipe):
+        try:
+            model = manager.get(kind, spec.use).load_options()
+            given = dict(spec.model_extra or {})
+            if model is None and given:
+                problems.append(f"{key}: {spec.use} takes no options, but got {', '.join(sorted(given))}")
+            options[key] = model.model_validate(given) if model else None
+        except ComponentError as error:
+            problems.append(f"{key}.use: {error}")
+        except ValidationError as error:
+            problems += [f"{key}.{line}" for line in explain(error, typing.cast(type[BaseModel], model))]
+    train_overrides = [(f"{kind}.{role}.train", spec.train) for kind in ("teachers", "students")
+                       for role, spec in getattr(recipe, kind).items() if spec.train]  # fmt: skip
+    train_overrides += [(f"stages.{name}.train", stage.train) for name, stage in recipe.stages.items()]
+    for key, override in train_overrides:
+        try:
+            TrainOptions.model_validate(_deep_merge(recipe.train.model_dump(exclude_unset=True), override))
+        except ValidationError as error:
+            problems += [f"{key}.{line}" for line in explain(error, TrainOptions)]
+        if "precision" in override:
+            problems.append(f"{key}.precision: precision belongs to the whole run: set train.precision")
+    if problems:
+        raise RecipeError(_report(source, problems))
+    return Resolved(recipe, options)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors that complete and check YAML."""
+    return Recipe.model_json_schema()
+
+
+def _components(recipe: Recipe) -> list[tuple[str, Kind, Any]]:
+    found: list[tuple[str, Kind, Any]] = [("method", "method", recipe.method), ("data", "data", recipe.data)]
+    found += [(f"teachers.{role}", "teacher", spec) for role, spec in recipe.teachers.items()]
+    found += [(f"students.{role}", "student", spec) for role, spec in recipe.students.items()]
+    return found + [(f"losses.{i}", "loss", spec) for i, spec in enumerate(recipe.losses)]
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """A pydantic error as lines of `key.path: what is wrong`, with the nearest valid key where one is unknown."""
+    lines = []
+    for item in error.errors():
+        path = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
+        where = ".".join(map(str, path))
+        if item["type"] == "extra_forbidden":
+            valid = _keys_at(model, path[:-1])
+            lines.append(f"{where}: unknown key; {did_you_mean(str(path[-1]), valid, 'valid keys')}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: required, but not given")
+        else:
+            value = "" if isinstance(item["input"], Mapping | list) else f" (got {item['input']!r})"
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{value}".removeprefix(": "))
+    return lines
+
+
+def _keys_at(model: type[BaseModel], path: list[Any]) -> list[str]:
+    """The keys valid at a path into a model; empty where the path leaves the models."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        inner = [] if field is None else [t for t in _types_in(field.annotation) if issubclass(t, BaseModel)]
+        if inner:
+            model = inner[0]
+    extra = ["teacher", "student"] if model is Recipe else []
+    return [*model.model_fields, *extra]
+
+
+def _types_in(annotation: Any) -> list[type]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, dict, list):
+        return [t for arg in typing.get_args(annotation) for t in _types_in(arg)]
+    return [annotation] if isinstance(annotation, type) else []
+
+
+def _report(source: str, problems: list[str]) -> str:
+    return f"{source} is not valid:\n" + "\n".join(f"  {line}" for line in problems)
+
+
+def _kind_of(config: Any) -> str:
+    return "list" if type(config).__name__ == "ListConfig" else type(config).__name__
+

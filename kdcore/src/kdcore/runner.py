@@ -1,0 +1,385 @@
+"""Runs: a recipe becomes stages, stages become artifacts, artifacts a student and a result."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from kdcore import engine, folder
+from kdcore.card import model_card
+from kdcore.components import Kind
+from kdcore.data import DataModule, derive_seed, seeded
+from kdcore.errors import DataError, ModelError, RecipeError, did_you_mean
+from kdcore.folder import RunFolder
+from kdcore.losses import Loss, Weighted
+from kdcore.metrics import metric_names
+from kdcore.models import Model, Source
+from kdcore.plugins import PluginManager
+from kdcore.recipe import Recipe, Resolved
+from kdcore.stages import Method, Stage, Supervised, TrainStage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Result:
+    """What a run ends with.
+
+    Args:
+        path: the run folder.
+        metrics: `split/metric` of the student at the end.
+        rows: lines of a comparison table, where the method made one; each a mapping of column to value.
+        student: the trained student (the first, where there are several).
+    """
+
+    path: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    student: Model | None = field(default=None, repr=False)
+
+
+class Run:
+    """One execution of a recipe: what a method and its stages work with.
+
+    Attributes:
+        recipe: the validated recipe.
+        data: the data module.
+        folder: the run folder; `None` on processes other than the main one.
+        accelerator, device, seed: of this run.
+        stop_reason: why the stage under way is to end early; set by `request_stop`.
+        rows: lines of a comparison table that the method may add to.
+    """
+
+    def __init__(self, resolved: Resolved, manager: PluginManager, path: Path, given: Mapping[str, Any] | None = None) -> None:
+        self.resolved, self.recipe, self.manager, self.path = resolved, resolved.recipe, manager, path
+        self.given = dict(given or {})
+        self.seed = self.recipe.seed
+        self.accelerator = make_accelerator(self.recipe, path)
+        self.device = self.accelerator.device
+        self.folder: RunFolder | None = None
+        self.stop_reason: str | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.timings: dict[str, dict[str, float]] = {}
+        self.models: dict[str, Source] = {}
+        self.data: DataModule = self.given.get("data") or self._target("data", self.recipe.data.use)(
+            self.resolved.options["data"]
+        )
+        self.method: Method = self._target("method", self.recipe.method.use)(self.resolved.options["method"])
+        check_roles(self.method, self.recipe, self.given)
+        self._check_splits()
+        self._index = 0
+        self._seen: set[str] = set()
+
+    # -- what a method asks for ----------------------------------------------------------------------------------
+
+    def model(self, role: str, key: str | None = None) -> Model:
+        """The model of a role, built once; with a `key`, one more copy of it, kept under that name.
+
+        Its initial weights depend on the seed and the role only.
+
+        Raises:
+            ModelError: if the recipe does not name the role, or the model does not fit the data.
+        """
+        name = key or role
+        if name not in self.models:
+            self.models[name] = self._build(role)
+        return cast(Model, self.models[name])
+
+    @property
+    def teacher(self) -> Model:
+        """The model of the role `teacher`."""
+        return self.model("teacher")
+
+    @property
+    def student(self) -> Model:
+        """The model of the role `student`."""
+        return self.model("student")
+
+    def teachers(self) -> dict[str, Source]:
+        """All teachers of the recipe, by role."""
+        return {role: self.model(role) for role in [*self.recipe.teachers, *self.given.get("teachers", ())]}
+
+    def losses(self) -> list[Weighted]:
+        """The recipe's `losses:` list."""
+        return [Weighted(self.loss(spec.use, self.resolved.options[f"losses.{i}"]), spec.weight, spec.name or spec.use,
+                         spec.warmup, spec.teacher) for i, spec in enumerate(self.recipe.losses)]  # fmt: skip
+
+    def loss(self, name: str, options: Any = None) -> Loss:
+        """A loss component by name, with its options or the defaults."""
+        component = self.manager.get("loss", name)
+        model = component.load_options()
+        made: Loss = component.load_target()(options if options is not None or model is None else model())
+        return made
+
+    def request_stop(self, reason: str) -> None:
+        """End the training stage under way after this step, as if it had reached its last."""
+        self.stop_reason = reason
+
+    def evaluate(self, stage: TrainStage, split: str) -> dict[str, float]:
+        """The metrics of what a stage evaluates on a split, by `split/metric`."""
+        engine.prepare(self, stage)
+        size = self.recipe.train.eval_batch_size or self.recipe.train.batch_size
+        return {f"{split}/{k}": v for k, v in engine.evaluate(self, stage, split, size).items()}
+
+    # -- what the engine asks for --------------------------------------------------------------------------------
+
+    def notify(self, event: str, **arguments: Any) -> None:
+        """Tell every observing plugin."""
+        self.manager.notify(event, run=self, **arguments)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add a row to the journal and the trackers."""
+        if self.folder:
+            self.folder.log(row)
+        values = {f"{row['stage']}/{k}": v for k, v in {**row.get("terms", {}), **row.get("metrics", {})}.items()}
+        self.accelerator.log(values, step=row["step"])
+
+    def report_metrics(self, stage: TrainStage, step: int, metrics: dict[str, float]) -> None:
+        """Keep, log and announce an evaluation."""
+        stage.metrics.update(metrics)
+        self.log({"stage": stage.name, "step": step, "metrics": metrics})
+        self.notify("kd_evaluated", stage=stage, metrics=metrics)
+
+    def forget_rows_after(self, stage: str, step: int) -> None:
+        """Drop journal rows of this stage beyond a step, and of stages not finished: they will be written again."""
+        if self.folder:
+            done = {path.name[3:] for path in self.stage_folders() if (path / "artifact").exists()}
+            self.folder.keep_rows(
+                lambda row: row.get("stage") in done or (row.get("stage") == stage and row.get("step", 0) <= step)
+            )
+
+    def stage_folders(self) -> list[Path]:
+        """The folders of the stages begun so far, in order."""
+        return sorted((self.path / "stages").glob("[0-9][0-9]-*"))
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[list[int]]:
+        """Inside, SIGINT and SIGTERM are collected instead of ending the process; a second SIGINT does end it."""
+        caught: list[int] = []
+
+        def handler(number: int, frame: Any) -> None:
+            if caught and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            caught.append(number)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield caught
+            return
+        old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield caught
+        finally:
+            for number, previous in old.items():
+                signal.signal(number, previous)
+
+    # -- execution -----------------------------------------------------------------------------------------------
+
+    def execute(self) -> Result:
+        """Run all stages, those finished earlier excepted, then save the student and the result."""
+        self.notify("kd_run_started")
+        for role, spec in (*self.recipe.teachers.items(), *self.recipe.students.items()):
+            if spec.train is not None:
+                self._train_role(role, spec.train)
+        program = self.method.stages(self)
+        artifact: Any = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                artifact = self._stage(program.send(artifact))
+        return self._finish()
+
+    def _train_role(self, role: str, overrides: Mapping[str, Any]) -> None:
+        stage = Supervised(self.model(role), self.data.task, name=role, role=role)
+        stage.overrides = overrides
+        self._stage(stage)
+
+    def _stage(self, stage: Stage) -> Any:
+        """Execute or load one stage; its artifact."""
+        self._index += 1
+        if stage.name in self._seen:
+            raise RecipeError(f"two stages of this run are named {stage.name!r}; their names must differ")
+        self._seen.add(stage.name)
+        where = self.path / "stages" / f"{self._index:02d}-{stage.name}"
+        artifact = where / "artifact"
+        if not artifact.exists():
+            self.notify("kd_stage_started", stage=stage)
+            if self.accelerator.is_main_process:
+                where.mkdir(parents=True, exist_ok=True)
+            self.accelerator.wait_for_everyone()
+            self._execute(stage, where)
+            self.accelerator.wait_for_everyone()
+        facts = folder.verify(artifact)
+        if isinstance(stage, TrainStage):
+            return self._load_trained(stage, artifact, facts)
+        return stage.load(self, artifact)
+
+    def _execute(self, stage: Stage, where: Path) -> None:
+        facts: dict[str, Any] = {}
+        if isinstance(stage, TrainStage):
+            engine.train(self, stage, where)
+            facts["metrics"] = stage.metrics
+        else:
+            set_seed(derive_seed(self.seed, stage.name) % 2**31)
+        if self.accelerator.is_main_process:
+            temporary = where / "artifact.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            if isinstance(stage, TrainStage):
+                _save_trained(stage, temporary)
+            else:
+                stage.execute(self, where, temporary)
+            folder.commit(temporary, where / "artifact", facts)
+            shutil.rmtree(where / "checkpoints", ignore_errors=True)
+
+    def _load_trained(self, stage: TrainStage, artifact: Path, facts: Mapping[str, Any]) -> TrainStage:
+        from safetensors.torch import load_model
+
+        engine.prepare(self, stage)
+        if "metrics" in facts:
+            stage.metrics = dict(facts["metrics"])
+        load_model(stage, artifact / "stage.safetensors", device=str(self.device))
+        return stage
+
+    def _finish(self) -> Result:
+        students = {role: cast(Model, m) for role, m in self.models.items() if role in self._student_roles()}
+        result = Result(self.path, rows=self.rows, student=next(iter(students.values()), None))
+        if result.student is not None:
+            result.metrics = self._final_metrics(result.student)
+        if self.folder:
+            for role, model in students.items():
+                where = self.path / "student" if len(students) == 1 else self.path / "students" / role
+                temporary = where.with_name(f"{where.name}.tmp")
+                shutil.rmtree(temporary, ignore_errors=True)
+                model.save(temporary)
+                folder.commit(temporary, where, {"role": role})
+            self.folder.update(status="finished", finished=_now(), metrics=result.metrics, rows=result.rows,
+                               timings={**self.folder.read().get("timings", {}), **self.timings})  # fmt: skip
+            folder.write_text(self.path / "README.md", model_card(self, result.metrics))
+        self.accelerator.wait_for_everyone()
+        self.notify("kd_run_finished", result=result)
+        return result
+
+    def _final_metrics(self, student: Model) -> dict[str, float]:
+        final = Supervised(student, self.data.task, name="final")
+        final._predict = self.method.predict
+        if not metric_names(self.data.task, self.recipe.eval.metrics):
+            return {}
+        return {k: v for split in self.recipe.eval.on if split in self.data for k, v in self.evaluate(final, split).items()}
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _student_roles(self) -> list[str]:
+        return [*self.recipe.students, *(r for r in self.given.get("students", {}))]
+
+    def _build(self, role: str) -> Source:
+        given = {**self.given.get("teachers", {}), **self.given.get("students", {})}
+        if role in given:
+            return cast(Source, given[role])
+        kind: Kind = "teacher" if role in self.recipe.teachers else "student"
+        task = self.data.task if kind == "teacher" else self.method.student_task(self.data.task)
+        specs = self.recipe.teachers if kind == "teacher" else self.recipe.students
+        if role not in specs:
+            raise ModelError(f"the method needs a model with the role {role!r}; the recipe names: "
+                             f"{', '.join([*self.recipe.teachers, *self.recipe.students]) or 'none'}")  # fmt: skip
+        options = self.resolved.options[f"{kind}s.{role}"]
+        with seeded(derive_seed(self.seed, role)):
+            model: Source = self._target(kind, specs[role].use)(options, task)
+        count = model.labels.count
+        if count is not None and task.num_classes is not None and count != task.num_classes:
+            raise ModelError(f"{kind}s.{role}: the model has {count} classes, the data asks for "
+                             f"{task.num_classes}: set its number of classes, or use the data it was trained for")  # fmt: skip
+        return model
+
+    def _target(self, kind: Kind, name: str) -> Callable[..., Any]:
+        return self.manager.get(kind, name).load_target()
+
+    def _check_splits(self) -> None:
+        for split in self.method.roles.splits:
+            if split not in self.data:
+                raise DataError(f"method {self.recipe.method.use!r} needs a split {split!r}; "
+                                f"the data has: {', '.join(self.data.splits)}")  # fmt: skip
+        for split in self.recipe.eval.on:
+            if split not in self.data and "on" in self.recipe.eval.model_fields_set:
+                raise DataError(f"eval.on: the data has no split {split!r}; it has: {', '.join(self.data.splits)}")
+        metric_names(self.data.task, self.recipe.eval.metrics)
+
+
+def check_roles(method: Method, recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Refuse a recipe that does not name what its method asks for, or overrides a stage that there is not.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    name = recipe.method.use
+    for kind, wanted in (("teacher", method.roles.teachers), ("student", method.roles.students)):
+        named = [*getattr(recipe, f"{kind}s"), *given.get(f"{kind}s", {})]
+        for role in wanted or ():
+            if role not in named:
+                raise RecipeError(f"method {name!r} needs a {kind} with the role {role!r} (`{role}:` or `{kind}s.{role}:`); "
+                                  f"the recipe names: {', '.join(named) or f'no {kind}'}")  # fmt: skip
+    if recipe.losses and not method.roles.losses:
+        raise RecipeError(f"method {name!r} has losses of its own and takes no `losses:` list")
+    if method.roles.losses and not recipe.losses:
+        raise RecipeError(f"method {name!r} needs a `losses:` list, such as `losses: [{{use: cross-entropy}}, {{use: kd}}]`")
+    trained = [r for r, s in (*recipe.teachers.items(), *recipe.students.items()) if s.train is not None]
+    for stage in recipe.stages if method.stage_names else ():
+        if stage not in (*method.stage_names, *trained):
+            raise RecipeError(f"stages.{stage}: there is no such stage; "
+                              f"{did_you_mean(stage, [*trained, *method.stage_names], 'stages')}")  # fmt: skip
+
+
+def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:
+    """The process's Accelerator, with the recipe's precision and trackers."""
+    from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
+
+    trackers = recipe.trackers
+    if trackers is None:
+        trackers = [str(t) for t in get_available_trackers() if str(t) == "tensorboard"]
+    AcceleratorState._reset_state()
+    precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
+    return Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=str(path))
+
+
+def _save_trained(stage: TrainStage, artifact: Path) -> None:
+    from safetensors.torch import save_model
+
+    save_model(stage, str(artifact / "stage.safetensors"))
+    for name, model in stage.exports.items():
+        model.save(artifact / name)
+
+
+def run_facts(run: Run, status: Mapping[str, Any]) -> dict[str, Any]:
+    versions = {name: metadata.version(name) for name in ("kdcore", "torch", "accelerate")}
+    return {"status": "running", "pid": os.getpid(), "seed": run.seed, "started": status.get("started", _now()),
+            "resumed": run.folder is not None and run.folder.resumed, "method": run.recipe.method.use,
+            "versions": {"python": platform.python_version(), **versions}, "git": _git(), "error": None,
+            "hardware": {"device": str(run.device), "processes": run.accelerator.num_processes,
+                         "threads": torch.get_num_threads(), "machine": platform.machine()}}  # fmt: skip
+
+
+def _git() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

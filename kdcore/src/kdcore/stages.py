@@ -1,0 +1,304 @@
+"""Methods and the stages they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed
+import torch.distributed.nn.functional
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kdcore.data import Task
+from kdcore.errors import ModelError, RecipeError
+from kdcore.losses import Progress, TaskLoss, Weighted, named_terms
+from kdcore.metrics import Metrics
+from kdcore.models import Batch, Model, Outputs, Source, check_pair, map_tensors
+from kdcore.recipe import OPTIMIZERS, OptimizerOptions, TrainOptions
+
+if TYPE_CHECKING:
+    from kdcore.runner import Run
+
+
+class Stage:
+    """One resumable unit of work with a name and an artifact.
+
+    A stage that is neither trained nor fitted implements `execute` and `load`. `execute` runs on the main process
+    only; it may keep partial work in `workspace`, which survives a kill, and writes the artifact's files into
+    `artifact`, which is kept only if `execute` returns.
+    """
+
+    name: str = "stage"
+
+    def execute(self, run: Run, workspace: Path, artifact: Path) -> None:
+        """Do the work."""
+        raise TypeError(f"{type(self).__name__} does not implement execute(run, workspace, artifact)")
+
+    def load(self, run: Run, artifact: Path) -> Any:
+        """Read the artifact of the finished stage: what `yield` hands back to the method."""
+        raise TypeError(f"{type(self).__name__} does not implement load(run, artifact)")
+
+
+class FitStage(Stage):
+    """A closed-form stage: PCA, k-means, statistics. `fit` returns tensors; they are the artifact."""
+
+    def fit(self, run: Run) -> dict[str, Tensor]:
+        """Compute the tensors."""
+        raise TypeError(f"{type(self).__name__} does not implement fit(run)")
+
+    def execute(self, run: Run, workspace: Path, artifact: Path) -> None:
+        """Fit, and write the tensors."""
+        from safetensors.torch import save_file
+
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.fit(run).items()}, artifact / "tensors.safetensors")
+
+    def load(self, run: Run, artifact: Path) -> dict[str, Tensor]:
+        """The tensors, on the run's device."""
+        from safetensors.torch import load_file
+
+        return load_file(artifact / "tensors.safetensors", device=str(run.device))
+
+
+class TrainStage(nn.Module, Stage):
+    """A stage that trains. `forward(batch, objective)` returns the named, weighted terms of one objective.
+
+    Its registered submodules are what is trained and what checkpoints hold: queues and prototypes are buffers, an EMA
+    teacher is a registered module without gradient. Frozen models hang in `frozen`, which does not register them.
+
+    Attributes:
+        objectives: what one iteration optimises, in order; each has its own backward pass and optimizer step.
+        splits: the data drawn together. With several, `forward` gets a dict of batches by split; an epoch is one of
+            the first.
+        augment: whether the training data is augmented.
+        find_unused_parameters: whether a step may leave parameters without gradient (needed by DDP, costs time).
+        frozen: models that are used but neither trained nor saved; moved to the device and kept in evaluation mode.
+        exports: models saved in their native format with the artifact, by name.
+        overrides: changes of the recipe's `train` section for this stage; `stages.<name>` has the last word.
+        progress: how far the stage has come; current in every step.
+    """
+
+    objectives: tuple[str, ...] = ("loss",)
+    splits: tuple[str, ...] = ("train",)
+    augment: bool = True
+    find_unused_parameters: bool = False
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.frozen: dict[str, Source] = {}
+        self.exports: dict[str, Model] = {}
+        self.overrides: Mapping[str, Any] = {}
+        self.progress = Progress()
+        self.metrics: dict[str, float] = {}
+
+    def forward(self, batch: Batch, objective: str = "loss") -> dict[str, Tensor]:
+        """The terms of an objective: scalars, each a mean over the units that `counts` counts."""
+        raise TypeError(f"{type(self).__name__} does not implement forward(batch, objective)")
+
+    def counts(self, batch: Batch) -> dict[str, Tensor | None]:
+        """How many units each term is a mean over in this batch, by term name up to its first `/`. A term that is
+        not named counts samples; `None` marks one that already spans all processes."""
+        return {}
+
+    def optimizers(self, train: TrainOptions) -> dict[str, Optimizer]:
+        """One optimizer per objective. Default: for the only objective, over all parameters with gradient."""
+        if len(self.objectives) > 1:
+            raise TypeError(f"{type(self).__name__} has several objectives and must implement optimizers(train)")
+        return {self.objectives[0]: make_optimizer(self.parameters(), train.optimizer)}
+
+    def prepare(self, batch: Batch) -> None:
+        """One forward per objective on a sample batch, so that lazy adapters exist before the optimizers do."""
+        for objective in self.objectives:
+            self(batch, objective)
+
+    def before_step(self, batches: list[Batch]) -> None:
+        """Called with a step's micro-batches before anything is computed from them."""
+
+    def after_step(self) -> None:
+        """Called after the optimizers stepped: the place for EMA, queues and centring."""
+
+    def evaluate(self, batch: Batch) -> Outputs | None:
+        """Outputs to measure, or `None` for a stage that is not evaluated (the default)."""
+        return None
+
+    def make_metrics(self, task: Task, names: Sequence[str], device: torch.device) -> Metrics:
+        """The metrics that `evaluate` feeds; default: the recipe's, or the task's own."""
+        return Metrics(task, names, device)
+
+
+class Distill(TrainStage):
+    """Teachers forward without gradient, student forward, weighted sum of losses.
+
+    Args:
+        student: the model that is trained.
+        losses: the terms of the objective.
+        teachers: models, or columns of the data, by role; a single one has the role `teacher`.
+        name: the stage's name.
+        predict: turns the student's outputs into those that are measured, as `Method.predict`.
+
+    Raises:
+        ModelError: if a loss needs a role that is not there, or teacher and student do not fit together.
+    """
+
+    def __init__(
+        self,
+        student: Model,
+        losses: Sequence[Weighted],
+        teachers: Source | Mapping[str, Source] | None = None,
+        *,
+        name: str = "distill",
+        predict: Any = None,
+    ) -> None:
+        super().__init__(name)
+        self.student = student
+        self.teachers: dict[str, Source] = (
+            dict(teachers) if isinstance(teachers, Mapping) else {"teacher": teachers} if teachers is not None else {}
+        )
+        self.frozen = {role: teacher.freeze() for role, teacher in self.teachers.items()}
+        self.exports = {"student": student}
+        self.weighted = _unique_names(losses)
+        self.losses = nn.ModuleDict({w.name: w.loss for w in self.weighted})
+        self._predict = predict
+        for item in self.weighted:
+            self._bind(item)
+
+    def _bind(self, item: Weighted) -> None:
+        teacher = self.teachers.get(item.teacher)
+        needs = item.loss.needs
+        if needs.get("teacher") and teacher is None:
+            raise ModelError(f"loss {item.name!r} needs a teacher with the role {item.teacher!r}; "
+                             f"the recipe names: {', '.join(self.teachers) or 'none'}")  # fmt: skip
+        both = "logits" in needs.get("student", ()) and "logits" in needs.get("teacher", ())
+        if teacher is not None and both and item.loss.same_labels:
+            check_pair(teacher.labels, self.student.labels, (item.teacher, "student"))
+        item.loss.bind(self.student, teacher)
+
+    def forward(self, batch: Batch, objective: str = "loss") -> dict[str, Tensor]:
+        """The weighted terms, by loss."""
+        student = self.student(batch)
+        with torch.no_grad():
+            teachers = {role: teacher(batch) for role, teacher in self.teachers.items()}
+        terms: dict[str, Tensor] = {}
+        for item in self.weighted:
+            item.loss.progress = self.progress
+            inputs = (student, teachers.get(item.teacher, Outputs()), batch)
+            if item.loss.relational and _world_size() > 1:
+                inputs = map_tensors(inputs, gather_with_grad)
+            factor = item.factor(self.progress)
+            for name, value in named_terms(item.name, item.loss(*inputs)).items():
+                terms[name] = value if factor == 1.0 else value * factor
+        return terms
+
+    def counts(self, batch: Batch) -> dict[str, Tensor | None]:
+        """Each loss's own count; none for one that spans all processes."""
+        return {w.name: None if w.loss.relational else w.loss.count(batch) for w in self.weighted}
+
+    def prepare(self, batch: Batch) -> None:
+        """Check that every source gives the signals its losses need, then make the adapters."""
+        given = {"student": self.student(batch), **{role: t(batch) for role, t in self.teachers.items()}}
+        for item in self.weighted:
+            for side, signals in item.loss.needs.items():
+                role = item.teacher if side == "teacher" else side
+                for signal in signals:
+                    value = getattr(given[role], signal)
+                    if value is None or (signal == "features" and not value):
+                        has = [s for s in ("logits", "embedding", "features") if getattr(given[role], s) not in (None, {})]
+                        raise ModelError(f"loss {item.name!r} needs the {role}'s {signal}, which it does not give "
+                                         f"(it gives: {', '.join(has) or 'nothing'})")  # fmt: skip
+        super().prepare(batch)
+
+    def evaluate(self, batch: Batch) -> Outputs:
+        """The student's outputs, as the method predicts with them."""
+        outputs: Outputs = self.student(batch)
+        return self._predict(outputs, batch) if self._predict else outputs
+
+
+class Supervised(Distill):
+    """A model trained on the task's own loss: how a teacher is made, or a student trained alone."""
+
+    def __init__(self, model: Model, task: Task, *, name: str, role: str = "student") -> None:
+        super().__init__(model, [Weighted(TaskLoss(task), name="supervised")], name=name)
+        self.exports = {role: model}
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What a method asks the recipe for.
+
+    Args:
+        teachers, students: roles; `None` for any.
+        splits: splits that the data must have.
+        losses: whether the recipe's `losses:` list is used.
+    """
+
+    teachers: tuple[str, ...] | None = ("teacher",)
+    students: tuple[str, ...] | None = ("student",)
+    splits: tuple[str, ...] = ("train",)
+    losses: bool = False
+
+
+class Method:
+    """A paper's procedure: a generator of stages. Each `yield` hands back that stage's artifact.
+
+    Attributes:
+        roles: what the recipe must name.
+        stage_names: names of the stages the method yields, for checking `stages:` in a recipe.
+        ablation: recipe overrides that switch the method's idea off: what it has to beat.
+    """
+
+    roles: Roles = Roles()
+    stage_names: tuple[str, ...] = ()
+    ablation: Mapping[str, Any] = {}
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+
+    def stages(self, run: Run) -> Generator[Stage, Any, None]:
+        """The stages, in order."""
+        raise TypeError(f"{type(self).__name__} does not implement stages(run)")
+
+    def student_task(self, task: Task) -> Task:
+        """The task as the students' heads see it, where it is not the data's."""
+        return task
+
+    def predict(self, outputs: Outputs, batch: Batch) -> Outputs:
+        """Turn the student's outputs into predictions, where the two are not the same."""
+        return outputs
+
+
+def make_optimizer(parameters: Any, options: OptimizerOptions) -> Optimizer:
+    """The torch optimizer of a recipe, over the parameters (or parameter groups) that have a gradient."""
+    names = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam", "radam": "RAdam",
+             "rmsprop": "RMSprop", "adagrad": "Adagrad"}  # fmt: skip
+    given = options.model_dump(exclude_none=True, include=OPTIMIZERS[options.name])
+    groups = [p for p in parameters if isinstance(p, dict) or p.requires_grad]
+    if not groups:
+        raise RecipeError("there is nothing to train: every parameter is frozen")
+    return cast(Optimizer, getattr(torch.optim, names[options.name])(groups, lr=options.lr, **given))
+
+
+def gather_with_grad(tensor: Tensor) -> Tensor:
+    """The tensors of all processes, concatenated along the first dimension, with gradient to each."""
+    if tensor.is_floating_point():
+        return torch.cat(torch.distributed.nn.functional.all_gather(tensor.contiguous()))
+    parts = [torch.empty_like(tensor) for _ in range(_world_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _unique_names(losses: Sequence[Weighted]) -> list[Weighted]:
+    seen: dict[str, int] = {}
+    for item in losses:
+        base = item.name or type(item.loss).__name__.lower()
+        seen[base] = seen.get(base, 0) + 1
+        item.name = base if seen[base] == 1 else f"{base}-{seen[base]}"
+    return list(losses)
+
