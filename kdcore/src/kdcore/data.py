@@ -143,11 +143,12 @@ class DataModule:
         split = self[name]
         if self.size(name) is None:
             stream = _Stream(self, split, batch_size * world, [(rank, world)], seed=0, augment=None, last=1)
-            return DataLoader(stream, batch_size=None)
+            return DataLoader(stream, batch_size=None, generator=torch.Generator())
         indices = [(0, i) for i in range(len(split))][rank::world]
         keyed = _Keyed(split, self.keys, seed=0, augment=None)
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        return DataLoader(keyed, batch_sampler=cast(Any, batches), collate_fn=self._collate(name), num_workers=workers)
+        return DataLoader(keyed, batch_sampler=cast(Any, batches), collate_fn=self._collate(name),
+                          num_workers=workers, generator=torch.Generator())  # fmt: skip
 
     def train_loader(
         self, name: str, batch_size: int, *, seed: int, start: int, stop: int, accumulation: int = 1,
@@ -163,7 +164,7 @@ class DataModule:
         transform = self.augment if augment else None
         if self.size(name) is None:
             stream = _Stream(self, split, batch_size, shares, seed, transform, start=start, last=None)
-            return DataLoader(stream, batch_size=None)
+            return DataLoader(stream, batch_size=None, generator=torch.Generator())
         if len(split) < len(shares) * world:
             raise DataError(f"the split {name!r} has {len(split)} samples: too few for {len(shares) * world} micro-batches")
         order = self.orders.get(name) or (lambda epoch: _permutation(len(split), derive_seed(seed, name, epoch)))
@@ -174,6 +175,7 @@ class DataModule:
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # of its own: a loader draws a seed when it is iterated
         )
 
     def _collate(self, name: str) -> Callable[[list[Any]], Batch]:

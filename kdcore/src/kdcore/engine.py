@@ -93,7 +93,7 @@ class _Trainer:
         self.per_epoch = self.data.steps_per_epoch(stage.splits[0], options.batch_size)
         if options.steps is None and self.per_epoch is None:
             raise RunFailed(f"stage {stage.name!r}: the data is a stream without a length: set train.steps")
-        self.total = options.steps or max(1, round(options.epochs * (self.per_epoch or 0)))
+        self.total = stage.total_steps = options.steps or max(1, round(options.epochs * (self.per_epoch or 0)))
         self.parts = self.accelerator.num_processes * options.grad_accumulation
         if options.batch_size % self.parts:
             raise RunFailed(f"train.batch_size {options.batch_size} cannot be split into {self.parts} equal micro-batches "
@@ -151,7 +151,7 @@ class _Trainer:
                                   "the same command goes on from here")  # fmt: skip
             if self.step < self.total and self._due(self.options.save_every or self.per_epoch):
                 self._save()
-        self._log()
+        self._read_terms()
         self.run.stop_reason = None
         self.run.timings[self.stage.name] = {"seconds": time.perf_counter() - started, "steps": self.step - first}
 
@@ -231,25 +231,28 @@ class _Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _log(self) -> None:
-        """Read the terms of the steps since the last time, all at once; stop if one is not finite; write a row."""
+    def _read_terms(self) -> dict[str, float]:
+        """The last step's terms. Those of all steps since the last time are read at once, and must be finite."""
         if not self.pending:
-            return
+            return {}
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack([terms[n].float() for n in names]) for _, terms, _ in self.pending])
         rows = self.accelerator.reduce(values, "mean").tolist()
         for row, (step, _, indices) in zip(rows, self.pending, strict=True):
             for name, value in zip(names, row, strict=True):
                 if not math.isfinite(value):
-                    shown = [i for part in indices for i in self.accelerator.gather(part).tolist()]
+                    samples = [i for part in indices for i in self.accelerator.gather(part).tolist()]
                     raise RunFailed(f"stage {self.stage.name!r}: the term {name!r} became {value} at step {step}; samples of "
-                                    f"that batch: {shown}. The last good checkpoint is kept. Lower the learning rate or the "
-                                    "term's weight, set train.clip_norm, or look at these samples")  # fmt: skip
+                                    f"that batch: {samples}. The last good checkpoint is kept. Lower the learning rate or "
+                                    "the term's weight, set train.clip_norm, or look at these samples")  # fmt: skip
         self.pending.clear()
-        terms = dict(zip(names, rows[-1], strict=True))
+        return dict(zip(names, rows[-1], strict=True))
+
+    def _log(self) -> None:
         lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         epoch = self.step / self.per_epoch if self.per_epoch else None
-        self.run.log({"stage": self.stage.name, "step": self.step, "epoch": epoch, "lr": lr, "terms": terms})
+        row = {"stage": self.stage.name, "step": self.step, "epoch": epoch, "lr": lr, "terms": self._read_terms()}
+        self.run.log(row)
 
     def _evaluate(self) -> None:
         split = self.run.recipe.eval.on[0]
@@ -259,7 +262,7 @@ class _Trainer:
         self.run.report_metrics(self.stage, self.step, {f"{split}/{name}": value for name, value in found.items()})
 
     def _save(self) -> None:
-        self._log()  # a step that went wrong must not become a checkpoint
+        self._read_terms()  # a step that went wrong must not become a checkpoint
         path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints)
         self.run.notify("kd_checkpoint_saved", stage=self.stage, path=path)
 

@@ -79,6 +79,8 @@ class TrainStage(nn.Module, Stage):
         exports: models saved in their native format with the artifact, by name.
         overrides: changes of the recipe's `train` section for this stage; `stages.<name>` has the last word.
         progress: how far the stage has come; current in every step.
+        total_steps: how many steps it has, known when it starts.
+        metrics: the last evaluation during training, by `split/metric`.
     """
 
     objectives: tuple[str, ...] = ("loss",)
@@ -93,6 +95,7 @@ class TrainStage(nn.Module, Stage):
         self.exports: dict[str, Model] = {}
         self.overrides: Mapping[str, Any] = {}
         self.progress = Progress()
+        self.total_steps = 0
         self.metrics: dict[str, float] = {}
 
     def forward(self, batch: Batch, objective: str = "loss") -> dict[str, Tensor]:
