@@ -34,6 +34,7 @@ BATCH_KEYS: dict[str, str] = {
     "imu": "float [B, T, C]",
     "series": "float [B, T, C]",
     "graph": "a graph object of the provider",
+    "subclass": "int [B]: hidden subclasses, for analysis only",
     "index": "int [B]: the position of each sample in its split; always there",
 }
 """The conventional keys of a batch. Ignored targets are `IGNORE` in all of them."""

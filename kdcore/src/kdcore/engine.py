@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from kdcore import checkpoint
 from kdcore.data import derive_seed, seeded, to_device
-from kdcore.errors import Interrupted, RunFailed
+from kdcore.errors import Interrupted, ModelError, RunFailed
 from kdcore.losses import Progress
-from kdcore.metrics import metric_names
 from kdcore.models import Batch
 from kdcore.recipe import ScheduleOptions
 from kdcore.stages import TrainStage
@@ -47,16 +46,18 @@ def prepare(run: Run, stage: TrainStage) -> None:
     batches = {name: to_device(run.data.sample(name), run.device) for name in stage.splits}
     batch = batches if len(stage.splits) > 1 else next(iter(batches.values()))
     stage.eval()
-    with seeded(derive_seed(run.seed, stage.name, "adapters")), torch.no_grad():
-        stage.prepare(batch)
+    try:
+        with seeded(derive_seed(run.seed, stage.name, "adapters")), torch.no_grad():
+            stage.prepare(batch)
+    except ValueError as error:  # how pure functions refuse what they are given
+        raise ModelError(f"stage {stage.name!r}: {error}") from error
     stage.to(run.device)
 
 
 def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[str, float]:
     """The metrics of what a stage evaluates, on a split; the same on every process."""
     accelerator, data = run.accelerator, run.data
-    names = metric_names(data.task, run.recipe.eval.metrics)
-    metrics = stage.make_metrics(data.task, names, run.device)
+    metrics = stage.make_metrics(data.task, run.metric_names, run.device)
     was_training = stage.training
     stage.eval()
     with torch.no_grad(), accelerator.autocast():
@@ -98,13 +99,14 @@ class _Trainer:
         if options.batch_size % self.parts:
             raise RunFailed(f"train.batch_size {options.batch_size} cannot be split into {self.parts} equal micro-batches "
                             "(processes × grad_accumulation)")  # fmt: skip
+        self.seed = run.seed if stage.seed is None else stage.seed
         self.step = 0
         self.pending: list[tuple[int, dict[str, Tensor], list[Any]]] = []
 
     def train(self) -> None:
         """Prepare, resume, loop."""
         stage, options = self.stage, self.options
-        set_seed(derive_seed(self.run.seed, stage.name) % 2**31, device_specific=True)
+        set_seed(derive_seed(self.seed, stage.name) % 2**31, device_specific=True)
         prepare(self.run, stage)
         if options.compile:
             stage.compile()
@@ -167,7 +169,7 @@ class _Trainer:
     def _batches(self, split: str) -> Iterator[Batch]:
         """A split's micro-batches from the current step to the last, endless for all but the first split."""
         return iter(self.data.train_loader(
-            split, self.options.batch_size, seed=self.run.seed, start=self.step, stop=self.total,
+            split, self.options.batch_size, seed=self.seed, start=self.step, stop=self.total,
             accumulation=self.options.grad_accumulation, rank=self.accelerator.process_index,
             world=self.accelerator.num_processes, workers=self.options.workers, augment=self.stage.augment,
             pin_memory=self.run.device.type == "cuda",

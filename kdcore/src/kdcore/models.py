@@ -28,7 +28,7 @@ class Outputs:
 
     Args:
         logits: `[B, C]` for a class per sample, `[B, C, H, W]` for a class per pixel, `[B, T, V]` for tokens.
-        embedding: `[B, D]`, the input of the last linear layer.
+        embedding: the input of the last linear layer: `[B, D]`, or with the positions of dense logits.
         features: tapped activations by tap name, in the order of the model's modules.
         extras: anything else a method needs, by name.
     """
@@ -232,7 +232,7 @@ def as_outputs(value: Any) -> Outputs:
     if isinstance(value, Mapping) and "logits" in value:
         return Outputs(logits=value["logits"], embedding=value.get("embedding"))
     if hasattr(value, "logits"):
-        return Outputs(logits=value.logits)
+        return Outputs(logits=value.logits, embedding=getattr(value, "embedding", None))
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
         return Outputs(logits=value[0])
     raise ModelError(f"a model returned {type(value).__name__}; return a tensor of logits or kdcore.Outputs")

@@ -215,6 +215,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
             raise RecipeError(f"{name}: a recipe is a mapping of keys such as 'method:', not a {_kind_of(config)}")
         if not config:
             raise RecipeError(f"{name}: the recipe is empty; `kd cp METHOD/quickstart` gives one to start from")
+        if isinstance(section := config.get("eval"), DictConfig) and True in section:
+            section["on"] = section.pop(True)  # YAML 1.1 reads an unquoted `on` as true
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals or not key.strip():

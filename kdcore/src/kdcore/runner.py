@@ -89,16 +89,17 @@ class Run:
     # -- what a method asks for ----------------------------------------------------------------------------------
 
     def model(self, role: str, key: str | None = None) -> Model:
-        """The model of a role, built once; with a `key`, one more copy of it, kept under that name.
+        """The model of a role, built once; with a `key`, one more of its kind, kept under that name.
 
-        Its initial weights depend on the seed and the role only.
+        Its initial weights depend on the run's seed and this name only.
 
         Raises:
             ModelError: if the recipe does not name the role, or the model does not fit the data.
         """
         name = key or role
         if name not in self.models:
-            self.models[name] = self._build(role)
+            with seeded(derive_seed(self.seed, name)):
+                self.models[name] = self._build(role)
         return cast(Model, self.models[name])
 
     @property
@@ -126,6 +127,11 @@ class Run:
         model = component.load_options()
         made: Loss = component.load_target()(options if options is not None or model is None else model())
         return made
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics of the recipe, or the task's default; the first is the one that comparisons use."""
+        return metric_names(self.data.task, self.recipe.eval.metrics)
 
     def request_stop(self, reason: str) -> None:
         """End the training stage under way after this step, as if it had reached its last."""
@@ -277,7 +283,7 @@ class Run:
     def _final_metrics(self, student: Model) -> dict[str, float]:
         final = Supervised(student, self.data.task, name="final")
         final._predict = self.method.predict
-        if not metric_names(self.data.task, self.recipe.eval.metrics):
+        if not self.metric_names:
             return {}
         return {k: v for split in self.recipe.eval.on if split in self.data for k, v in self.evaluate(final, split).items()}
 
@@ -297,8 +303,7 @@ class Run:
             raise ModelError(f"the method needs a model with the role {role!r}; the recipe names: "
                              f"{', '.join([*self.recipe.teachers, *self.recipe.students]) or 'none'}")  # fmt: skip
         options = self.resolved.options[f"{kind}s.{role}"]
-        with seeded(derive_seed(self.seed, role)):
-            model: Source = self._target(kind, specs[role].use)(options, task)
+        model: Source = self._target(kind, specs[role].use)(options, task)
         count = model.labels.count
         if count is not None and task.num_classes is not None and count != task.num_classes:
             raise ModelError(f"{kind}s.{role}: the model has {count} classes, the data asks for "
@@ -316,7 +321,7 @@ class Run:
         for split in self.recipe.eval.on:
             if split not in self.data and "on" in self.recipe.eval.model_fields_set:
                 raise DataError(f"eval.on: the data has no split {split!r}; it has: {', '.join(self.data.splits)}")
-        metric_names(self.data.task, self.recipe.eval.metrics)
+        _ = self.metric_names  # refuses names that are not there
 
 
 def check_roles(method: Method, recipe: Recipe, given: Mapping[str, Any]) -> None:

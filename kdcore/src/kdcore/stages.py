@@ -75,6 +75,7 @@ class TrainStage(nn.Module, Stage):
             the first.
         augment: whether the training data is augmented.
         find_unused_parameters: whether a step may leave parameters without gradient (needed by DDP, costs time).
+        seed: for the order of the data and the random numbers, where it is not to be the run's.
         frozen: models that are used but neither trained nor saved; moved to the device and kept in evaluation mode.
         exports: models saved in their native format with the artifact, by name.
         overrides: changes of the recipe's `train` section for this stage; `stages.<name>` has the last word.
@@ -87,6 +88,7 @@ class TrainStage(nn.Module, Stage):
     splits: tuple[str, ...] = ("train",)
     augment: bool = True
     find_unused_parameters: bool = False
+    seed: int | None = None
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -1,0 +1,1 @@
+"""Classic distillation losses: soft targets, hints, attention, decoupled logits, correlation."""

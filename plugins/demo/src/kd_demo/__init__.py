@@ -1,0 +1,1 @@
+"""Embedded data sets and small models, and the quickstart."""

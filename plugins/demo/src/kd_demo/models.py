@@ -1,0 +1,111 @@
+"""The small networks as teachers and students; see `kd_demo.nets` for how their folders load without kdcore."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kdcore.api import student_folder
+from kdcore.data import Task
+from kdcore.errors import ModelError
+from kdcore.models import Labels, Model, check_pair
+
+from kd_demo import nets
+from kd_demo.options import CNNOptions, ModelOptions, SegmenterOptions, TransformerOptions
+
+POOLED = ("classification", "multilabel", "regression")
+DENSE = ("causal-lm", "masked-lm", "token-classification")
+
+
+def cnn(options: CNNOptions, task: Task) -> Model:
+    """The residual classifier for a task with images.
+
+    Raises:
+        ModelError: if the task is of another kind, names no image shape, or does not fit the checkpoint.
+    """
+    _check_kind("demo-cnn", task, POOLED)
+    make = functools.partial(nets.CNN, width=options.width, depth=options.depth)
+    return _model("demo-cnn", make, options, task, {"in_channels": _channels("demo-cnn", task)})
+
+
+def segmenter(options: SegmenterOptions, task: Task) -> Model:
+    """The stride-4 segmenter for a task with a class per pixel. Raises `ModelError` as `cnn`."""
+    _check_kind("demo-segmenter", task, ("segmentation",))
+    make = functools.partial(nets.Segmenter, width=options.width, depth=options.depth)
+    return _model("demo-segmenter", make, options, task, {"in_channels": _channels("demo-segmenter", task)})
+
+
+def transformer(options: TransformerOptions, task: Task) -> Model:
+    """The transformer for a text task: pooled for classes of texts, per token otherwise, causal for `causal-lm`.
+
+    Raises:
+        ModelError: if the task is of another kind, has no tokenizer, or does not fit the checkpoint.
+    """
+    _check_kind("demo-transformer", task, (*POOLED, *DENSE))
+    if task.tokenizer is None:
+        raise ModelError(
+            "demo-transformer reads input_ids: it needs data with a tokenizer, such as `topics` or `sentences`"
+        )
+    make = functools.partial(nets.Transformer, **options.model_dump(exclude={"checkpoint"}))
+    facts = {"vocabulary": len(task.tokenizer), "pool": task.kind in POOLED, "causal": task.kind == "causal-lm"}
+    return _model("demo-transformer", make, options, task, facts)
+
+
+def _model(name: str, make: Callable[..., Any], options: ModelOptions, task: Task, facts: dict[str, Any]) -> Model:
+    """A network made for the task, or the checkpoint's if it fits the task, behind the uniform call."""
+    if options.checkpoint is None:
+        net = make(num_classes=task.class_count, **facts)
+    else:
+        net = _load(name, student_folder(Path(options.checkpoint)), task, facts)
+    labels = task.labels
+    saved = {"classes": labels.names, "fingerprint": labels.vocabulary}
+    return Model(net, save=functools.partial(nets.save, net, saved), labels=labels, stages=net.stages)
+
+
+def _load(name: str, folder: Path, task: Task, facts: dict[str, Any]) -> Any:
+    config = _read_config(folder)
+    if config["architecture"] != name:
+        raise ModelError(
+            f"checkpoint {folder} holds a {config['architecture']}, not a {name}: `use: {config['architecture']}`"
+        )
+    arguments, names = config["arguments"], config["classes"]
+    labels = Labels(arguments.get("num_classes"), names and tuple(names), config["fingerprint"])
+    check_pair(labels, task.labels, (f"checkpoint {folder}", "the data"))
+    for key, value in facts.items():
+        if arguments.get(key) != value:
+            raise ModelError(f"checkpoint {folder} was made for {key}={arguments.get(key)}, the data asks for {value}")
+    try:
+        return nets.load(folder)
+    except Exception as error:  # safetensors and torch have no common class for a damaged or foreign file
+        raise ModelError(f"checkpoint {folder}: {nets.WEIGHTS} cannot be loaded: {error}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / nets.CONFIG).read_text())
+        return {"architecture": config["architecture"], "arguments": dict(config["arguments"]),
+                "classes": config.get("classes"), "fingerprint": config.get("fingerprint")}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise ModelError(
+            f"checkpoint {folder}: no readable {nets.CONFIG} of this plugin ({cause}); "
+            "give a run folder, or the `student` folder in one"
+        ) from None
+
+
+def _check_kind(name: str, task: Task, kinds: tuple[str, ...]) -> None:
+    if task.kind not in kinds:
+        raise ModelError(
+            f"{name} is made for tasks of kind {', '.join(kinds)}; the data poses one of kind {task.kind!r}"
+        )
+
+
+def _channels(name: str, task: Task) -> int:
+    if task.image is None:
+        raise ModelError(
+            f"{name} must know the images' channels, but the data's task names no image shape (`Task.image`)"
+        )
+    return task.image[0]
