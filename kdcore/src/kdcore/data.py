@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -293,6 +294,12 @@ def _permutation(size: int, seed: int) -> list[int]:
 def derive_seed(*parts: object) -> int:
     """A seed that depends on all the parts and on nothing else, in `[0, 2**63)`."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """16 hexadecimal digits over every token and its id (`tokenizer.get_vocab()`)."""
+    tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=8).hexdigest()
 
 
 @contextlib.contextmanager

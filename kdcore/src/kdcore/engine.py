@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdcore import checkpoint
 from kdcore.data import derive_seed, seeded, to_device
-from kdcore.errors import Interrupted, ModelError, RunFailed
+from kdcore.errors import DataError, Interrupted, ModelError, RunFailed
 from kdcore.losses import Progress
 from kdcore.models import Batch
 from kdcore.recipe import ScheduleOptions
@@ -176,7 +176,10 @@ class _Trainer:
         ))  # fmt: skip
 
     def _draw(self, loaders: list[Iterator[Batch]]) -> Batch:
-        batches = [to_device(next(loader), self.run.device) for loader in loaders]
+        try:
+            batches = [to_device(next(loader), self.run.device) for loader in loaders]
+        except DataError as error:  # a worker process wraps it in its traceback
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
         return batches[0] if len(batches) == 1 else dict(zip(self.stage.splits, batches, strict=True))
 
     def _iterate(self, micro: list[Batch]) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import ModelError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 """Tensors (and lists of raw text) by key; the keys are listed in `kdcore.data.BATCH_KEYS`."""
@@ -175,9 +179,13 @@ class Model(nn.Module):
 
     def _hook(self, name: str) -> torch.utils.hooks.RemovableHandle:
         module = self.module.get_submodule(name.removesuffix(":input"))
+        catch = functools.partial(self._catch, name)  # bound, so that a deep copy of the model catches its own
         if name.endswith(":input"):
-            return module.register_forward_pre_hook(lambda _, args: self._caught.__setitem__(name, _first(args)))
-        return module.register_forward_hook(lambda _, args, output: self._caught.__setitem__(name, _first(output)))
+            return module.register_forward_pre_hook(catch)
+        return module.register_forward_hook(catch)
+
+    def _catch(self, name: str, _module: nn.Module, *values: Any) -> None:
+        self._caught[name] = _first(values[-1])
 
     def freeze(self) -> Model:
         """No gradients, and evaluation mode for good: `train()` no longer changes it. Returns the model."""
@@ -268,23 +276,31 @@ Source = Model | FromColumns
 """Anything that gives a role's signals for a batch."""
 
 
-def check_pair(teacher: Labels, student: Labels, names: tuple[str, str] = ("teacher", "student")) -> None:
-    """Refuse two models whose logits do not mean the same.
+def check_pair(teacher: Labels, student: Labels, who: tuple[str, str] = ("teacher", "student")) -> None:
+    """Refuse two sets of labels that do not mean the same. Names without anything in common only give a warning: they
+    may be spellings of the same classes.
 
     Raises:
-        ModelError: on different class counts, class names or orders, or vocabularies.
+        ModelError: on different class counts, label orders or vocabularies.
     """
-    who = f"{names[0]} and {names[1]}"
-    if teacher.vocabulary and student.vocabulary and teacher.vocabulary != student.vocabulary:
-        raise ModelError(f"{who} have different vocabularies ({teacher.vocabulary} and {student.vocabulary}): their "
-                         "logits do not mean the same tokens. Use a loss for different tokenizers, or one tokenizer")  # fmt: skip
-    if teacher.count and student.count and teacher.count != student.count:
-        raise ModelError(f"{names[0]} has {teacher.count} classes, {names[1]} has {student.count}: give both the same "
-                         "label set (check `checkpoint` and `num_classes`)")  # fmt: skip
-    if teacher.names and student.names and teacher.names != student.names:
-        first = next(i for i, pair in enumerate(zip(teacher.names, student.names, strict=False)) if pair[0] != pair[1])
-        raise ModelError(f"{who} order their labels differently: class {first} is {teacher.names[first]!r} and "
-                         f"{student.names[first]!r}. Reorder the data's class names to the teacher's")  # fmt: skip
+    same_tokens = teacher.vocabulary is not None and teacher.vocabulary == student.vocabulary
+    if teacher.vocabulary and student.vocabulary and not same_tokens:
+        raise ModelError(f"{who[0]} and {who[1]} have different vocabularies ({teacher.vocabulary} and "
+                         f"{student.vocabulary}): their logits do not mean the same tokens. Use one tokenizer, or a loss for "
+                         "different ones")  # fmt: skip
+    if teacher.count and student.count and teacher.count != student.count and not same_tokens:
+        raise ModelError(f"{who[0]} has {teacher.count} classes, {who[1]} has {student.count}: give both the same label set "
+                         "(see `checkpoint` and the data's classes)")  # fmt: skip
+    ours, theirs = ([n.casefold() for n in labels.names or ()] for labels in (student, teacher))
+    if not ours or not theirs or ours == theirs:
+        return
+    moved = [name for i, name in enumerate(theirs) if name in ours and ours.index(name) != i]
+    if moved:
+        raise ModelError(f"{who[0]} and {who[1]} order their labels differently: {moved[0]!r} is class "
+                         f"{theirs.index(moved[0])} and {ours.index(moved[0])}. Give the data's classes in the teacher's "
+                         f"order: {', '.join(theirs[:10])}")  # fmt: skip
+    logger.warning("%s and %s name their classes differently (%r, %r); they are taken to mean the same", *who,
+                   theirs[0], ours[0])  # fmt: skip
 
 
 def _first(value: Any) -> Any:

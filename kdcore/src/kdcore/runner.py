@@ -29,7 +29,7 @@ from kdcore.errors import DataError, ModelError, RecipeError, did_you_mean
 from kdcore.folder import RunFolder
 from kdcore.losses import Loss, Weighted
 from kdcore.metrics import metric_names
-from kdcore.models import Model, Source
+from kdcore.models import Model, Source, check_pair
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Recipe, Resolved
 from kdcore.stages import Method, Stage, Supervised, TrainStage
@@ -304,10 +304,7 @@ class Run:
                              f"{', '.join([*self.recipe.teachers, *self.recipe.students]) or 'none'}")  # fmt: skip
         options = self.resolved.options[f"{kind}s.{role}"]
         model: Source = self._target(kind, specs[role].use)(options, task)
-        count = model.labels.count
-        if count is not None and task.num_classes is not None and count != task.num_classes:
-            raise ModelError(f"{kind}s.{role}: the model has {count} classes, the data asks for "
-                             f"{task.num_classes}: set its number of classes, or use the data it was trained for")  # fmt: skip
+        check_pair(model.labels, task.labels, (f"{kind}s.{role}", "the data"))
         return model
 
     def _target(self, kind: Kind, name: str) -> Callable[..., Any]:

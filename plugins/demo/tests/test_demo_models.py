@@ -166,7 +166,7 @@ def test_a_checkpoint_with_the_same_classes_in_another_order_is_refused(tmp_path
     model, _, task = made("demo-cnn")
     model.save(tmp_path)
     turned = Task("classification", task.classes[::-1], image=task.image)
-    with pytest.raises(ModelError, match="class 0 is '0' and '9'"):
+    with pytest.raises(ModelError, match="'0' is class 0 and 9"):
         models.cnn(CNNOptions(checkpoint=str(tmp_path)), turned)
 
 

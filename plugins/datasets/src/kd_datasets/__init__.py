@@ -1,0 +1,1 @@
+"""Hugging Face and local data sets, with column mapping and transforms."""

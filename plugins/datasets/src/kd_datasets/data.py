@@ -1,0 +1,220 @@
+"""The data module: rows become samples, samples batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, IterableDataset, default_collate
+from torchvision import tv_tensors
+
+from kd_datasets import pictures, texts
+from kd_datasets.load import base_folder, load_splits
+from kd_datasets.options import ColumnsOptions, DatasetsOptions, Kind
+from kd_datasets.pictures import Augment, Fit, Sample
+from kd_datasets.targets import Classes, column_names, find_classes, find_kind, find_roles
+from kdcore.data import DataModule, Task, vocabulary_fingerprint
+from kdcore.errors import DataError
+from kdcore.models import Batch, FromColumns
+
+
+def hub_or_local(options: DatasetsOptions) -> DataModule:
+    """A data module over a data set of the Hub, a file or a folder.
+
+    Samples are dicts of tensors (and `text`, where there is no tokenizer); see `kdcore.data.BATCH_KEYS`.
+
+    Raises:
+        DataError: if the data, a split, a column or a class is not there, or the options do not fit each other.
+    """
+    splits = load_splits(options)
+    first = next(iter(splits.values()))
+    roles = find_roles(options, column_names(first))
+    kind = find_kind(options, roles, (first.features or {}).get(roles.get("label")))
+    classes = find_classes(options, kind, splits, roles.get("label"))
+    tokenizer = texts.load_tokenizer(options.tokenizer) if options.tokenizer else None
+    if kind == "causal-lm" and tokenizer is None:
+        raise DataError("tokenizer: a language model's texts need one; name its folder or Hub id")
+    splits = {name: _undecoded(rows, [*roles.values(), *options.columns.values()]) for name, rows in splits.items()}
+    samples = Samples(options, roles, kind, classes, tokenizer, base_folder(options))
+    size = _image_size(samples, first=next(iter(splits.values()))) if "image" in roles else None
+    return _module(options, splits, samples, size)
+
+
+def columns_teacher(options: ColumnsOptions, task: Task) -> FromColumns:
+    """A teacher whose signals are read from the batch."""
+    named = {"logits": options.logits, "embedding": options.embedding}
+    return FromColumns({signal: key for signal, key in named.items() if key is not None}, task.labels)
+
+
+def _module(
+    options: DatasetsOptions, splits: Mapping[str, Any], samples: Samples, size: tuple[int, int] | None
+) -> DataModule:
+    fit = Fit(size, options.crop_fraction) if size else None
+    augment = Augment(options.augment, size, samples.kind == "segmentation") if size and options.augment else None
+    if options.augment and not size:
+        raise DataError("augment: the steps change images, and the data has no column of them: set `image:`")
+    crops = any("random-resized-crop" in step for step in options.augment)
+    made = {}
+    for name, rows in splits.items():
+        own = None if name == "train" and crops else fit
+        made[name] = _Stream(rows, samples, own, options, name) if options.streaming else _Rows(rows, samples, own)
+    image = (options.channels, *size) if size else None
+    tokenizer = samples.tokenizer
+    task = Task(samples.kind, samples.classes.names, _count(samples), image, tokenizer,
+                vocabulary_fingerprint(tokenizer) if tokenizer else None)  # fmt: skip
+    return DataModule(
+        made, task, collate=_Collate(fit, texts.paddings(tokenizer) if tokenizer else {}), augment=augment
+    )
+
+
+def _count(samples: Samples) -> int | None:
+    if samples.kind == "causal-lm":
+        return len(samples.tokenizer)
+    return 1 if samples.kind == "regression" else samples.classes.count
+
+
+def _undecoded(rows: Any, columns: list[str]) -> Any:
+    """Only the columns in use, and pictures as files: they are decoded here, where an error can name the file."""
+    rows = rows.select_columns(list(dict.fromkeys(columns)))
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def _image_size(samples: Samples, first: Any) -> tuple[int, int]:
+    """Height and width in pixels: the option, or those of the first image."""
+    size = samples.options.size
+    if isinstance(size, int):
+        return size, size
+    if size is not None:
+        return size
+    height, width = samples.image(next(iter(first))[samples.roles["image"]]).shape[-2:]
+    return height, width
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Makes a sample of a row.
+
+    Args:
+        options: of the data.
+        roles: `role -> column`.
+        kind: of the task.
+        classes: of the task.
+        tokenizer: if texts become tokens.
+        folder: to which paths of picture files are relative.
+    """
+
+    options: DatasetsOptions
+    roles: Mapping[str, str]
+    kind: Kind
+    classes: Classes
+    tokenizer: Any
+    folder: Path
+
+    def __call__(self, row: Mapping[str, Any]) -> Sample:
+        """The sample of a row; its image is not yet brought to size."""
+        values = {role: row[column] for role, column in self.roles.items()}
+        sample: Sample = {}
+        if "image" in values:
+            sample["image"] = tv_tensors.Image(self.image(values["image"]))
+        if "mask" in values:
+            picture = pictures.open_picture(values["mask"], self.folder)
+            options = self.options
+            sample["mask"] = pictures.to_mask(
+                picture, self.classes.count or 0, options.ignore_label, options.reduce_labels
+            )
+        if "text" in values:
+            sample |= self.text(values["text"], values.get("text_pair"))
+        if "label" in values and self.kind in ("classification", "multilabel", "regression"):
+            sample["label"] = self.label(values["label"])
+        return sample | {key: self.number(column, row[column]) for key, column in self.options.columns.items()}
+
+    def image(self, value: Any) -> torch.Tensor:
+        """Float `[C, H, W]` in [0, 1]."""
+        return pictures.to_image(pictures.open_picture(value, self.folder), self.options.channels)
+
+    def text(self, text: Any, pair: Any) -> Sample:
+        """Tokens, with those to be predicted for a language model; without a tokenizer the text itself."""
+        if not isinstance(text, str):
+            raise DataError(f"text: column {self.roles['text']!r} holds {text!r} where a text is expected")
+        if self.tokenizer is None:
+            return {"text": text} if pair is None else {"text": text, "text_pair": pair}
+        sample: Sample = dict(texts.tokens(self.tokenizer, text, pair, self.options.max_length))
+        if self.kind == "causal-lm":
+            sample["labels"] = texts.next_tokens(sample["input_ids"])
+        return sample
+
+    def label(self, value: Any) -> torch.Tensor:
+        """Int `[]`, float `[]` (regression), or float `[C]` of zeros and ones (multilabel)."""
+        if self.kind == "regression":
+            return torch.tensor(float(value))
+        if self.kind == "classification":
+            return torch.tensor(self.classes.number(value))
+        label = torch.zeros(self.classes.count or 0)
+        label[[self.classes.number(entry) for entry in value]] = 1.0
+        return label
+
+    def number(self, column: str, value: Any) -> torch.Tensor:
+        """A tensor of a further column. Raises `DataError` where it holds no numbers."""
+        try:
+            return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"columns: column {column!r} holds {value!r:.60}, which is no tensor of numbers") from error
+
+
+class _Rows(Dataset[Sample]):
+    """The samples of a split; `fit` brings images to size here, or it is left to the augmentation or the batch."""
+
+    def __init__(self, rows: Any, samples: Samples, fit: Fit | None) -> None:
+        self.rows, self.samples, self.fit = rows, samples, fit
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples(self.rows[index])
+        return self.fit(sample) if self.fit else sample
+
+
+class _Stream(IterableDataset[Sample]):
+    """The samples of a stream; those of train in an order that depends on seed and epoch."""
+
+    def __init__(self, rows: Any, samples: Samples, fit: Fit | None, options: DatasetsOptions, name: str) -> None:
+        if name == "train":
+            rows = rows.shuffle(seed=options.seed, buffer_size=options.shuffle_buffer)
+        self.rows, self.samples, self.fit = rows, samples, fit
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for row in self.rows:
+            sample = self.samples(row)
+            yield self.fit(sample) if self.fit else sample
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """Samples to a batch: images not yet at size are brought to it, tokens are padded to the longest text."""
+
+    fit: Fit | None
+    padding: Mapping[str, int]
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        if self.fit and isinstance(samples[0].get("image"), tv_tensors.Image):
+            samples = [self.fit(sample) for sample in samples]
+        padded = {
+            key: pad_sequence([sample[key] for sample in samples], batch_first=True, padding_value=value)
+            for key, value in self.padding.items()
+            if key in samples[0]
+        }
+        rest = [{key: value for key, value in sample.items() if key not in padded} for sample in samples]
+        return {**padded, **default_collate(rest)}

@@ -1,0 +1,154 @@
+"""What the columns mean: their roles, the kind of task, and the numbers of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+
+from kd_datasets.options import ROLES, DatasetsOptions, Kind
+from kdcore.data import IGNORE
+from kdcore.errors import DataError, did_you_mean
+
+NEEDS: dict[Kind, str] = {"classification": "label", "multilabel": "label", "regression": "label",
+                          "segmentation": "mask", "causal-lm": "text"}  # fmt: skip
+
+
+def column_names(rows: Any) -> list[str]:
+    """The columns of a data set or a stream."""
+    return list(rows.column_names or next(iter(rows)))
+
+
+def find_roles(options: DatasetsOptions, available: list[str]) -> dict[str, str]:
+    """`role -> column`: those the options name, or, if they name none, the columns that are named like a role.
+
+    Raises:
+        DataError: if a column is not there, or no role has one.
+    """
+    roles = {role: column for role in ROLES if (column := getattr(options, role))}
+    for option, column in {**roles, **{f"columns.{key}": column for key, column in options.columns.items()}}.items():
+        if column not in available:
+            near = did_you_mean(column, available, "columns")
+            raise DataError(f"{option}: the data has no column {column!r}; {near} (all: {', '.join(available)})")
+    roles = roles or {role: role for role in ROLES if role in available}
+    if not roles and not options.columns:
+        raise DataError(
+            f"say which column is what (`image:`, `label:`, `text:` …); the columns: {', '.join(available)}"
+        )
+    return roles
+
+
+def find_kind(options: DatasetsOptions, roles: Mapping[str, str], feature: Any) -> Kind:
+    """The kind of task: the option, or what the columns and the feature of the label suggest.
+
+    Raises:
+        DataError: if the kind needs a column that no role has.
+    """
+    kind = options.task or _suggested(options, roles, feature)
+    if (needed := NEEDS.get(kind)) and needed not in roles:
+        raise DataError(f"a task of kind {kind!r} needs a column of {needed}s: set `{needed}:`")
+    return kind
+
+
+def _suggested(options: DatasetsOptions, roles: Mapping[str, str], feature: Any) -> Kind:
+    if "mask" in roles:
+        return "segmentation"
+    if "label" in roles:
+        if _is_list(feature):
+            return "multilabel"
+        return "regression" if getattr(feature, "dtype", "").startswith("float") else "classification"
+    return "causal-lm" if "text" in roles and options.tokenizer else "unlabelled"
+
+
+def _is_list(feature: Any) -> bool:
+    return isinstance(feature, datasets.List | datasets.LargeList | list)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes, and the number of each value of the label column.
+
+    Args:
+        names: in label order; empty where only their number is known.
+        count: how many.
+        numbers: value of the column -> class, where they differ.
+        ignored: values that do not count.
+    """
+
+    names: tuple[str, ...] = ()
+    count: int | None = None
+    numbers: Mapping[Any, int] = field(default_factory=dict)
+    ignored: tuple[Any, ...] = (None,)
+
+    def number(self, value: Any) -> int:
+        """The class of a value, `IGNORE` if it does not count. Raises `DataError` if it is no class."""
+        if value in self.ignored:
+            return IGNORE
+        number = self.numbers.get(value) if self.numbers else int(value)
+        if number is None or not 0 <= number < (self.count or 0):
+            names = [str(name) for name in self.names or self.numbers]
+            raise DataError(
+                f"the label {value!r} is none of the {self.count} classes; {did_you_mean(str(value), names, 'classes')}"
+            )
+        return number
+
+
+def find_classes(options: DatasetsOptions, kind: Kind, splits: Mapping[str, Any], column: str | None) -> Classes:
+    """The classes of the task: from the option, the feature, or the values that occur.
+
+    Raises:
+        DataError: if they cannot be told, or labels occur that are not among them.
+    """
+    if kind in ("regression", "unlabelled", "causal-lm"):
+        return Classes()
+    named = options.classes if isinstance(options.classes, list) else []
+    count = len(named) or (options.classes if isinstance(options.classes, int) else None)
+    if kind == "segmentation" or column is None:
+        if count is None:
+            raise DataError(
+                "classes: a segmentation needs its class names in the order of the mask's values, or their number"
+            )
+        return Classes(tuple(named), count)
+    feature = _inner(next(iter(splits.values())).features, column)
+    ignored = (None, options.ignore_label)
+    if isinstance(feature, datasets.ClassLabel):
+        numbers = _numbers(feature.names, named, feature.names)
+        by_value = {feature.str2int(name): number for name, number in numbers.items()}
+        return Classes(tuple(named or feature.names), len(numbers), by_value, (*ignored, -1))
+    values = None if options.streaming else _values(splits.values(), column) - set(ignored)
+    if values is None and count is None:
+        raise DataError(f"classes: column {column!r} of a stream does not say its classes; name them, or their number")
+    if values and all(isinstance(value, str) for value in values):
+        numbers = _numbers(sorted(values), named, values)
+        return Classes(tuple(named or sorted(values)), len(numbers), numbers, ignored)
+    if values is None:
+        return Classes(tuple(named), count, {name: i for i, name in enumerate(named)}, ignored)
+    return Classes(tuple(named), count or max(map(int, values or {0})) + 1, {}, ignored)
+
+
+def _numbers(found: Iterable[str], named: list[str], values: Iterable[str]) -> dict[str, int]:
+    """`name -> number` in the asked order, or as found. Raises `DataError` for names that were not asked for."""
+    if named and (strange := sorted(set(values) - set(named))):
+        raise DataError(f"classes: the data also has {', '.join(map(repr, strange[:5]))}; "
+                        f"{did_you_mean(strange[0], named, 'classes')}")  # fmt: skip
+    return {name: number for number, name in enumerate(named or found)}
+
+
+def _inner(features: Any, column: str) -> Any:
+    feature: Any = (features or {}).get(column)
+    while _is_list(feature):
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+    return feature
+
+
+def _values(splits: Iterable[Any], column: str) -> set[Any]:
+    """All values of a column; of lists, all their entries."""
+    found: set[Any] = set()
+    for rows in splits:
+        if _is_list(rows.features[column]):
+            found.update(entry for entries in rows[column] for entry in entries or ())
+        else:
+            found.update(rows.unique(column))
+    return found

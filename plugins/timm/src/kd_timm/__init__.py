@@ -1,0 +1,1 @@
+"""timm models as teachers and students."""

@@ -1,0 +1,140 @@
+"""The component `transformers`: from options and a task to a `kdcore.Model`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from kd_transformers.call import Call
+from kd_transformers.configs import fit_config, has_weights, labels_of, load_config
+from kd_transformers.heads import Head, choose_head
+from kd_transformers.images import default_settings, normaliser
+from kd_transformers.options import TransformersOptions
+from kd_transformers.source import Source, explained, find_source
+from kdcore.data import Task, vocabulary_fingerprint
+from kdcore.errors import ModelError
+from kdcore.models import Model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build(options: TransformersOptions, task: Task) -> Model:
+    """A teacher or student.
+
+    The embedding `[B, D]` is the classifier's input for heads with one row of logits per sample, the pooled tokens
+    for the head `encoder`, and not given otherwise. Stages are the blocks, or stages of blocks, of the network.
+
+    Raises:
+        ModelError: if the model cannot be had, has no such head, or does not fit the task.
+    """
+    source = find_source(options)
+    config = load_config(options, source, task)
+    head = choose_head(options.head, task, config)
+    tokenizer = source.tokenizer() if source else None
+    vocabulary = _vocabulary(tokenizer, task, head, source)
+    tokenizer = tokenizer or task.tokenizer
+    fit_config(config, head, task, source, options, tokenizer)
+    module = _load(options, source, config, head)
+    settings: dict[str, Any] | None = None
+    if module.main_input_name == "pixel_values":
+        settings = (source.image_settings() if source else None) or default_settings(config)
+    if head.name == "encoder" and getattr(module, "pooler", None) is not None:
+        module.pooler.requires_grad_(False)  # the embedding comes from the tokens: the pooler would get no gradient
+    call = Call(module, head, options.pooling, normaliser(settings or {}))
+    labels = labels_of(config, head, task, vocabulary)
+    return Model(module, call, save=Saver(module, tokenizer, settings).save, labels=labels, stages=stages_of(module))
+
+
+def _vocabulary(tokenizer: Any, task: Task, head: Head, source: Source | None) -> str | None:
+    """The fingerprint of the model's vocabulary: the data's own for a model from a config alone.
+
+    Raises:
+        ModelError: if the data numbers its tokens otherwise and no logits over tokens could tell later.
+    """
+    if source is None:
+        return task.vocabulary
+    if tokenizer is None:
+        return None
+    found = vocabulary_fingerprint(tokenizer)
+    if task.vocabulary and found != task.vocabulary and not head.tokens:
+        raise ModelError(f"the tokenizer of {source.where!r} numbers its tokens otherwise than the data's "
+                         f"({found}, {task.vocabulary}): tokenise the data with the model's tokenizer")  # fmt: skip
+    return found
+
+
+def _load(options: TransformersOptions, source: Source | None, config: Any, head: Head) -> Any:
+    """The network, with loaded or fresh weights."""
+    maker = getattr(transformers, head.auto)
+    arguments = {"dtype": DTYPES[options.dtype], "trust_remote_code": options.trust_remote_code}
+    if options.attn_implementation is not None:
+        arguments["attn_implementation"] = options.attn_implementation
+    if not has_weights(source, options) or source is None:
+        config.architectures = list(head.classes_for(config)[:1])  # a few types have several classes for a head
+        with explained(f"a {config.model_type!r} model"):
+            return maker.from_config(config, **arguments)
+    with explained(f"the model {source.where!r}"):
+        module, info = maker.from_pretrained(
+            source.where, config=config, revision=source.revision, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **arguments,
+        )  # fmt: skip
+    for key, saved, wanted in info["mismatched_keys"]:
+        if not options.new_head or saved[1:] != wanted[1:] or wanted[0] != config.num_labels:
+            raise ModelError(
+                f"{source.where}: the weights {key!r} have the shape {list(saved)}, the config asks for "
+                f"{list(wanted)}: leave `config` as it is there, or set `pretrained: false`"
+            )
+    return module
+
+
+@dataclass
+class Saver:
+    """Writes a model with what stood beside it, so that `from_pretrained(folder)` alone loads it.
+
+    Args:
+        module: the network.
+        tokenizer: its tokenizer, where there is one.
+        settings: of its image processor, where it reads images.
+    """
+
+    module: Any
+    tokenizer: Any
+    settings: dict[str, Any] | None
+
+    def save(self, folder: Path) -> None:
+        """Write config, safetensors weights, tokenizer and image settings."""
+        self.module.save_pretrained(folder)
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(folder)
+        if self.settings is not None:
+            text = json.dumps(self.settings, indent=2, sort_keys=True)
+            (folder / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def stages_of(module: nn.Module) -> list[str]:
+    """Names of a network's blocks, or of its stages of blocks, shallow to deep.
+
+    They are the entries of the outermost `nn.ModuleList` with the most parameters; of an encoder and a decoder, both.
+    A stage that is itself a list is named by its last block, whose output is the stage's.
+    """
+    lists = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList)]
+    outer = {name: m for name, m in lists if not any(name.startswith(f"{other}.") for other, _ in lists)}
+    if not outer:
+        return []
+    largest = max(outer, key=lambda name: sum(p.numel() for p in outer[name].parameters()))
+    chosen = [name for name in outer if _side(name) == _side(largest)]
+    return [_last_block(f"{name}.{i}", block) for name in chosen for i, block in enumerate(outer[name])]
+
+
+def _side(name: str) -> str:
+    """A path without regard to whether it lies in an encoder or a decoder."""
+    return name.replace("decoder", "encoder")
+
+
+def _last_block(name: str, block: nn.Module) -> str:
+    return f"{name}.{len(block) - 1}" if isinstance(block, nn.ModuleList) else name

@@ -1,0 +1,87 @@
+"""Options of the component `transformers`, and what it would download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdcore.options import Download, Options
+
+HeadName = Literal[
+    "auto", "sequence-classification", "token-classification", "masked-lm", "causal-lm", "seq2seq", "encoder",
+    "image-classification", "semantic-segmentation",
+]  # fmt: skip
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+HUB_SECONDS = 5.0
+"""How long the Hub may take to tell a model's size."""
+
+
+class TransformersOptions(Options):
+    """A model of the transformers library: from the Hub, from a local folder, or from a config alone."""
+
+    model: str | None = Field(None, description="Hub id or local folder; needed unless `config` names a `model_type`")
+    checkpoint: str | None = Field(
+        None, description="local folder saved by kd or by save_pretrained, or a run folder; wins over `model`"
+    )
+    head: HeadName = Field("auto", description="what the model predicts; auto: what the task asks for")
+    pretrained: bool = Field(True, description="load the weights of `model`; false: its architecture, fresh weights")
+    config: dict[str, Any] = Field(
+        {}, description="entries of the model's config to change; with `model_type`, a whole model with fresh weights"
+    )
+    new_head: bool = Field(
+        False, description="use the task's classes: a classification head of another size is replaced by a fresh one"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="type of the weights; the half types are for teachers"
+    )
+    attn_implementation: str | None = Field(
+        None, description="attention kernel, such as eager, sdpa or flash_attention_2; default: the library's choice"
+    )
+    pooling: Literal["mean", "cls"] = Field(
+        "mean", description="embedding of the head `encoder`: mean over the tokens, or the first token"
+    )
+    trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> TransformersOptions:
+        if self.model is None and self.checkpoint is None and "model_type" not in self.config:
+            raise ValueError("give `model` (Hub id or folder), `checkpoint` (folder), or `config` with a `model_type`")
+        if self.model is not None and "model_type" in self.config:
+            raise ValueError("`model` already says which type of model it is: leave `config.model_type` out")
+        return self
+
+    def downloads(self) -> list[Download]:
+        """The model's files on the Hub, unless they are local or in the Hub's cache."""
+        if self.checkpoint is not None or self.model is None or Path(self.model).is_dir():
+            return []
+        if _cached(self.model, WEIGHTS if self.pretrained else ("config.json",), self.revision):
+            return []
+        return [Download(self.model, "Hugging Face Hub", _hub_size(self.model, self.revision, self.pretrained))]
+
+
+def _cached(model: str, names: tuple[str, ...], revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return any(isinstance(try_to_load_from_cache(model, name, revision=revision), str) for name in names)
+    except HFValidationError:
+        return False
+
+
+def _hub_size(model: str, revision: str | None, weights: bool) -> int | None:
+    """Bytes of the config, tokenizer and (if asked for) safetensors files at the top of a repository; `None` where
+    the Hub does not answer in time."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
+    except Exception:  # no network, no such name, no right to see it: the run itself will say which
+        return None
+    ends = (".json", ".txt", ".model", *((".safetensors",) if weights else ()))
+    files = [f for f in info.siblings or [] if f.rfilename.endswith(ends) and "/" not in f.rfilename]
+    return sum(f.size or 0 for f in files)
