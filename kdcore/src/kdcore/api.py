@@ -12,13 +12,13 @@ import torch
 from kdcore import folder
 from kdcore.components import Component
 from kdcore.data import DataModule, Task, as_data_module
-from kdcore.errors import DataError, Interrupted, RecipeError, RunFolderError
+from kdcore.errors import DataError, Interrupted, RunFolderError
 from kdcore.folder import RunFolder
 from kdcore.hookspecs import hookimpl
 from kdcore.models import FromColumns, Model, Source
 from kdcore.options import Download
 from kdcore.plugins import PluginManager
-from kdcore.recipe import Resolved, load, resolve
+from kdcore.recipe import Resolved, find_recipe, load, resolve
 from kdcore.runner import Result, Run, check_roles, run_facts
 from kdcore.stages import Method, Supervised
 
@@ -125,24 +125,6 @@ def _run(resolved: Resolved, manager: PluginManager, path: Path, resume: bool, g
         if run.folder:
             run.folder.close()
     return result
-
-
-def find_recipe(recipe: str | Path | Mapping[str, Any], manager: PluginManager) -> tuple[Any, str]:
-    """A recipe's source and name: a mapping, a file, or `method` or `method/recipe` of a plugin.
-
-    Raises:
-        RecipeError, ComponentError: if there is none.
-    """
-    if isinstance(recipe, Mapping):
-        return recipe, "run"
-    text = str(recipe)
-    if text.endswith((".yaml", ".yml")) or Path(text).exists():
-        return Path(text), Path(text).stem
-    method, _, name = text.partition("/")
-    files = manager.get("method", method).recipe_files()
-    if (name or "quickstart") not in files:
-        raise RecipeError(f"method {method!r} ships no recipe {name or 'quickstart'!r}; recipes: {', '.join(files) or 'none'}")
-    return Path(str(files[name or "quickstart"])), f"{method.partition(':')[2] or method}-{name or 'quickstart'}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdcore import checkpoint
 from kdcore.data import derive_seed, seeded, to_device
-from kdcore.errors import DataError, Interrupted, ModelError, RunFailed
+from kdcore.errors import DataError, Interrupted, ModelError, RecipeError, RunFailed
 from kdcore.losses import Progress
 from kdcore.models import Batch
 from kdcore.recipe import ScheduleOptions
@@ -93,11 +93,11 @@ class _Trainer:
         self.options = options = run.recipe.train_for(stage.name, stage.overrides)
         self.per_epoch = self.data.steps_per_epoch(stage.splits[0], options.batch_size)
         if options.steps is None and self.per_epoch is None:
-            raise RunFailed(f"stage {stage.name!r}: the data is a stream without a length: set train.steps")
+            raise RecipeError(f"stage {stage.name!r}: the data is a stream without a length: set train.steps")
         self.total = stage.total_steps = options.steps or max(1, round(options.epochs * (self.per_epoch or 0)))
         self.parts = self.accelerator.num_processes * options.grad_accumulation
         if options.batch_size % self.parts:
-            raise RunFailed(f"train.batch_size {options.batch_size} cannot be split into {self.parts} equal micro-batches "
+            raise RecipeError(f"train.batch_size {options.batch_size} cannot be split into {self.parts} equal micro-batches "
                             "(processes × grad_accumulation)")  # fmt: skip
         self.seed = run.seed if stage.seed is None else stage.seed
         self.step = 0
@@ -207,7 +207,8 @@ class _Trainer:
             if self.options.clip_norm is not None:
                 accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.options.clip_norm)
             optimizer.step()
-        stage.after_step()
+        with torch.no_grad():
+            stage.after_step()
         return logged
 
     def _shares(self, micro: list[Batch]) -> list[dict[str, Tensor | float]]:
@@ -268,8 +269,18 @@ class _Trainer:
 
     def _save(self) -> None:
         self._read_terms()  # a step that went wrong must not become a checkpoint
+        own_storage(self.stage)
         path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints)
         self.run.notify("kd_checkpoint_saved", stage=self.stage, path=path)
+
+
+def own_storage(module: nn.Module) -> None:
+    """Give every buffer that is a view into a larger tensor (a queue that was sliced, say) memory of its own: the
+    safetensors format does not hold views."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.untyped_storage().nbytes() != buffer.nbytes:
+                setattr(part, name, buffer.clone())
 
 
 def count_samples(batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -195,6 +196,24 @@ class Resolved:
         return data
 
 
+def find_recipe(recipe: str | Path | Mapping[str, Any], manager: PluginManager) -> tuple[Any, str]:
+    """A recipe's source and name: a mapping, a file, or `method` or `method/recipe` of a plugin.
+
+    Raises:
+        RecipeError, ComponentError: if there is none.
+    """
+    if isinstance(recipe, Mapping):
+        return recipe, "run"
+    text = str(recipe)
+    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
+        return Path(text), Path(text).stem
+    method, _, name = text.partition("/")
+    files = manager.get("method", method).recipe_files()
+    if (name or "quickstart") not in files:
+        raise RecipeError(f"method {method!r} ships no recipe {name or 'quickstart'!r}; recipes: {', '.join(files) or 'none'}")
+    return Path(str(files[name or "quickstart"])), f"{method.partition(':')[2] or method}-{name or 'quickstart'}"
+
+
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Read a recipe file (or take a mapping), apply `key=value` overrides and resolve interpolations.
 
@@ -215,13 +234,12 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
             raise RecipeError(f"{name}: a recipe is a mapping of keys such as 'method:', not a {_kind_of(config)}")
         if not config:
             raise RecipeError(f"{name}: the recipe is empty; `kd cp METHOD/quickstart` gives one to start from")
-        if isinstance(section := config.get("eval"), DictConfig) and True in section:
-            section["on"] = section.pop(True)  # YAML 1.1 reads an unquoted `on` as true
+        _spell_out(config)
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals or not key.strip():
                 raise RecipeError(f"override {override!r}: write key=value, such as train.epochs=3")
-            OmegaConf.update(config, key.strip(), OmegaConf.create(f"v: {value}" if value else "v: ''").v, merge=True)
+            OmegaConf.update(config, re.sub(r"^(teacher|student)\b", r"\1s.\1", key.strip()), OmegaConf.create(f"v: {value}" if value else "v: ''").v, merge=True)
         return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except IsADirectoryError:
         raise RecipeError(f"{name}: this is a folder; name the recipe file in it") from None
@@ -237,6 +255,20 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     except OmegaConfBaseException as error:
         raise RecipeError(f"{name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _spell_out(config: Any) -> None:
+    """Replace the short forms of a recipe, so that overrides find what they change."""
+    for key in ("teacher", "student"):
+        if key in config and f"{key}s" not in config:
+            config[f"{key}s"] = {key: config.pop(key)}
+    sections = [config, *(config[k] for k in ("teachers", "students") if hasattr(config.get(k), "items"))]
+    for section in sections:
+        for key in ("method", "data") if section is config else list(section):
+            if isinstance(section.get(key), str):
+                section[key] = {"use": section[key]}
+    if hasattr(config.get("eval"), "items") and True in config["eval"]:
+        config["eval"]["on"] = config["eval"].pop(True)  # YAML 1.1 reads an unquoted `on` as true
 
 
 def resolve(data: Mapping[str, Any], manager: PluginManager, source: str = "recipe") -> Resolved:

@@ -71,7 +71,8 @@ class Run:
         self.given = dict(given or {})
         self.seed = self.recipe.seed
         self.accelerator = make_accelerator(self.recipe, path)
-        self.device = self.accelerator.device
+        device = self.accelerator.device
+        self.device = torch.device("cpu") if device.type == "cpu" else device
         self.folder: RunFolder | None = None
         self.stop_reason: str | None = None
         self.rows: list[dict[str, Any]] = []
@@ -206,6 +207,7 @@ class Run:
         artifact: Any = None
         with contextlib.suppress(StopIteration):
             while True:
+                set_seed(derive_seed(self.seed, "method", self._index) % 2**31)  # for the modules that a method makes
                 artifact = self._stage(program.send(artifact))
         return self._finish()
 
@@ -355,12 +357,14 @@ def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:
         trackers = [str(t) for t in get_available_trackers() if str(t) == "tensorboard"]
     AcceleratorState._reset_state()
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
-    return Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=str(path))
+    cpu = not torch.accelerator.is_available()  # said outright, or several CPU processes would not find each other
+    return Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=str(path))
 
 
 def _save_trained(stage: TrainStage, artifact: Path) -> None:
     from safetensors.torch import save_model
 
+    engine.own_storage(stage)
     save_model(stage, str(artifact / "stage.safetensors"))
     for name, model in stage.exports.items():
         model.save(artifact / name)

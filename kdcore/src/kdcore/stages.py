@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from kdcore.data import Task
 from kdcore.errors import ModelError, RecipeError
-from kdcore.losses import Progress, TaskLoss, Weighted, named_terms
+from kdcore.losses import Loss, Progress, TaskLoss, Weighted, named_terms
 from kdcore.metrics import Metrics
-from kdcore.models import Batch, Model, Outputs, Source, check_pair, map_tensors
+from kdcore.models import Batch, Labels, Model, Outputs, Source, check_pair, map_tensors
 from kdcore.recipe import OPTIMIZERS, OptimizerOptions, TrainOptions
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class TrainStage(nn.Module, Stage):
         """Called with a step's micro-batches before anything is computed from them."""
 
     def after_step(self) -> None:
-        """Called after the optimizers stepped: the place for EMA, queues and centring."""
+        """Called without gradient after the optimizers stepped: the place for EMA, queues and centring."""
 
     def evaluate(self, batch: Batch) -> Outputs | None:
         """Outputs to measure, or `None` for a stage that is not evaluated (the default)."""
@@ -177,8 +177,7 @@ class Distill(TrainStage):
         if needs.get("teacher") and teacher is None:
             raise ModelError(f"loss {item.name!r} needs a teacher with the role {item.teacher!r}; "
                              f"the recipe names: {', '.join(self.teachers) or 'none'}")  # fmt: skip
-        both = "logits" in needs.get("student", ()) and "logits" in needs.get("teacher", ())
-        if teacher is not None and both and item.loss.same_labels:
+        if teacher is not None and _both_logits(item.loss):
             check_pair(teacher.labels, self.student.labels, (item.teacher, "student"))
         item.loss.bind(self.student, teacher)
 
@@ -206,6 +205,8 @@ class Distill(TrainStage):
         """Check that every source gives the signals its losses need, then make the adapters."""
         given = {"student": self.student(batch), **{role: t(batch) for role, t in self.teachers.items()}}
         for item in self.weighted:
+            if item.teacher in given and _both_logits(item.loss):
+                check_pair(Labels(_classes(given[item.teacher])), Labels(_classes(given["student"])), (item.teacher, "student"))
             for side, signals in item.loss.needs.items():
                 role = item.teacher if side == "teacher" else side
                 for signal in signals:
@@ -293,6 +294,16 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(_world_size())]
     torch.distributed.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def _both_logits(loss: Loss) -> bool:
+    """Whether a loss compares logits of student and teacher class by class."""
+    return loss.same_labels and all("logits" in loss.needs.get(side, ()) for side in ("student", "teacher"))
+
+
+def _classes(outputs: Outputs) -> int | None:
+    logits = outputs.logits
+    return None if logits is None else logits.shape[-1 if logits.ndim == 3 else 1]
 
 
 def _world_size() -> int:

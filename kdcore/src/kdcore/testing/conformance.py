@@ -29,7 +29,7 @@ from kdcore.hookspecs import ENTRY_POINT_GROUP, hookimpl
 from kdcore.metrics import higher_is_better
 from kdcore.models import map_tensors
 from kdcore.plugins import PluginInfo, PluginManager
-from kdcore.recipe import load
+from kdcore.recipe import find_recipe, load
 from kdcore.stages import Method
 
 STEPS = 6
@@ -164,7 +164,7 @@ class _InterruptAt:
 def cut_recipe(method: str) -> dict[str, Any]:
     """The quickstart of a method, shortened to a few steps per stage."""
     manager = PluginManager()
-    recipe = load(str(api.find_recipe(method, manager)[0]))
+    recipe = load(str(find_recipe(method, manager)[0]))
     train = recipe.setdefault("train", {})
     train.update(steps=STEPS, save_every=2, eval_every=STEPS, log_every=2)
     train.pop("epochs", None)

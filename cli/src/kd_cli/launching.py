@@ -1,0 +1,61 @@
+"""`kd run --processes N`: the same command in several processes, started through `torch.distributed.run`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import typer
+
+from kd_cli.errors import LAUNCHED, say
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+_SHUTDOWN_SECONDS = 120
+"""After a signal, how long the processes have to agree on a step and write a checkpoint before they are killed."""
+
+
+def launch(ctx: typer.Context, recipe: str, overrides: list[str], arguments: list[str], processes: int) -> int:
+    """Validate the recipe here, then run it in as many processes. The exit status of the first that failed.
+
+    Raises:
+        UserError: if the recipe is not valid.
+    """
+    import kdcore
+
+    kdcore.plan(recipe, overrides, plugins=ctx.obj)
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as start
+
+    if not ctx.find_root().params["verbose"]:
+        logging.disable()
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
+    command = ["-m", "kd_cli", *_global_options(ctx), "run", *arguments]
+    try:
+        start(parse_args(["--standalone", f"--nproc-per-node={processes}", *command]))  # type: ignore[no-untyped-call]
+    except SignalException:
+        return 130
+    except ChildFailedError as error:
+        _explain(error.failures)
+        return max(error.get_first_failure()[1].exitcode, 1)
+    return 0
+
+
+def _global_options(ctx: typer.Context) -> list[str]:
+    given = ctx.find_root().params
+    return [*(["--no-plugins"] if given["no_plugins"] else []), *["--verbose"] * given["verbose"]]
+
+
+def _explain(failures: dict[int, ProcessFailure]) -> None:
+    """Say once what each process that failed by itself says, and in which one where they differ."""
+    own = {rank: failure for rank, failure in failures.items() if failure.exitcode > 0} or failures
+    messages = {failure.message: rank for rank, failure in reversed(own.items())}
+    for message, rank in reversed(messages.items()):
+        label, _, rest = message.partition(": ")
+        say(label if len(messages) == 1 else f"process {rank}: {label}", rest)

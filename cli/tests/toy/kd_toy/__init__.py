@@ -1,0 +1,1 @@
+"""A plugin for the tests of the command line: a separable task, linear models, one method."""
