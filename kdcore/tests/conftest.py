@@ -152,4 +152,5 @@ def manager() -> Iterator[kdcore.PluginManager]:
 @pytest.fixture
 def recipe() -> dict:
     return {"method": "toy-kd", "teacher": "toy", "student": "toy", "data": "toy", "trackers": [],
-            "train": {"epochs": 3, "batch_size": 16, "save_every": 3, "log_every": 2, "optimizer": {"lr": 0.02}}}  # fmt: skip
+            "train": {"epochs": 3, "batch_size": 16, "save_every": 3, "log_every": 2,
+                      "optimizer": {"lr": 0.02}}}  # fmt: skip

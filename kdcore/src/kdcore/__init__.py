@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "Component", "DataModule", "Distill", "FitStage", "KDError", "Loss", "Method", "Model", "Options", "Outputs", "Paper",
-    "PluginManager", "Result", "Roles", "Run", "Stage", "Task", "TrainStage", "UserError", "__version__", "distill",
-    "evaluate", "hookimpl", "load_student", "plan", "recipe_schema", "run",
+    "Component", "DataModule", "Distill", "FitStage", "KDError", "Loss", "Method", "Model", "Options", "Outputs",
+    "Paper", "PluginManager", "Result", "Roles", "Run", "Stage", "Task", "TrainStage", "UserError", "__version__",
+    "distill", "evaluate", "hookimpl", "load_student", "plan", "recipe_schema", "run",
 ]  # fmt: skip

@@ -89,19 +89,21 @@ def distill(
     manager = plugins or PluginManager()
     module = as_data_module(data, task, keys)
     teachers = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
-    given = {"data": module, "teachers": {k: _as_model(v) for k, v in teachers.items()},
+    given: dict[str, Any] = {"data": module, "teachers": {k: _as_model(v) for k, v in teachers.items()},
              "students": {"student": _as_model(student)}}  # fmt: skip
     if module.task.num_classes is None and module.task.kind not in ("regression", "unlabelled"):
         module.task = _with_classes(module, given["students"]["student"])
-    recipe = {"method": {"use": method, **options}, "data": "given", "train": dict(train or {}), "eval": dict(eval or {}),
-              "losses": list(losses), "seed": seed}  # fmt: skip
+    recipe = {"method": {"use": method, **options}, "data": "given", "train": dict(train or {}),
+              "eval": dict(eval or {}),              "losses": list(losses), "seed": seed}  # fmt: skip
     if not plugins or not any(info.name == "given" for info in manager.plugins()):
         manager.register(_Given, name="given")
     resolved = resolve(recipe, manager, "distill()")
     return _run(resolved, manager, Path(run_dir or Path("runs") / method), resume, given)
 
 
-def _run(resolved: Resolved, manager: PluginManager, path: Path, resume: bool, given: Mapping[str, Any] | None = None) -> Result:
+def _run(
+    resolved: Resolved, manager: PluginManager, path: Path, resume: bool, given: Mapping[str, Any] | None = None
+) -> Result:
     run = Run(resolved, manager, path, given)
     main = run.accelerator.is_main_process
     if main:

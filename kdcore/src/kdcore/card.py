@@ -26,7 +26,7 @@ def model_card(run: Run, metrics: Mapping[str, float]) -> str:
         "|---|---|",
         *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
         "",
-        "The model in `student/` is in its native format and loads without this project. `recipe.yaml` runs again as it is:",
+        "The model in `student/` is in its native format and loads without this project. To run the recipe again:",
         "",
         "    kd run recipe.yaml --run-dir again",
         "",

@@ -12,7 +12,15 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from kdcore.errors import DataError, did_you_mean
 from kdcore.models import Batch, Labels, map_tensors
@@ -140,7 +148,9 @@ class DataModule:
         """The first samples of a split as a batch: for shapes, checks and measurements."""
         return next(iter(self.eval_loader(name, size)))
 
-    def eval_loader(self, name: str, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0) -> DataLoader[Any]:
+    def eval_loader(
+        self, name: str, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> DataLoader[Any]:
         """Every sample of a split once, in order, without augmentation; this process's share of them."""
         split = self[name]
         if self.size(name) is None:
@@ -168,7 +178,9 @@ class DataModule:
             stream = _Stream(self, split, batch_size, shares, seed, transform, start=start, last=None)
             return DataLoader(stream, batch_size=None, generator=torch.Generator())
         if len(split) < len(shares) * world:
-            raise DataError(f"the split {name!r} has {len(split)} samples: too few for {len(shares) * world} micro-batches")
+            raise DataError(
+                f"the split {name!r} has {len(split)} samples: too few for {len(shares) * world} micro-batches"
+            )
         order = self.orders.get(name) or (lambda epoch: _permutation(len(split), derive_seed(seed, name, epoch)))
         return DataLoader(
             _Keyed(split, self.keys, seed, transform),
@@ -369,7 +381,9 @@ def guess_task(batch: Batch) -> Task:
     """The task that a batch looks like: by which target it holds, and of which type."""
     if isinstance(label := batch.get("label"), Tensor):
         if label.is_floating_point():
-            return Task("multilabel", num_classes=label.shape[1]) if label.ndim == 2 else Task("regression", num_classes=1)
+            return (
+                Task("multilabel", num_classes=label.shape[1]) if label.ndim == 2 else Task("regression", num_classes=1)
+            )
         return Task("classification")
     if "mask" in batch:
         return Task("segmentation")

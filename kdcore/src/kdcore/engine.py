@@ -81,7 +81,7 @@ def schedule_factor(options: ScheduleOptions, step: int, total: int) -> float:
         return options.gamma ** sum(step / total >= m for m in options.milestones)
     shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
              "polynomial": (1 - done) ** options.power}[options.name]  # fmt: skip
-    return options.final + (1 - options.final) * shape
+    return float(options.final + (1 - options.final) * shape)
 
 
 class _Trainer:
@@ -97,7 +97,7 @@ class _Trainer:
         self.total = stage.total_steps = options.steps or max(1, round(options.epochs * (self.per_epoch or 0)))
         self.parts = self.accelerator.num_processes * options.grad_accumulation
         if options.batch_size % self.parts:
-            raise RecipeError(f"train.batch_size {options.batch_size} cannot be split into {self.parts} equal micro-batches "
+            raise RecipeError(f"train.batch_size {options.batch_size} does not split into {self.parts} equal parts "
                             "(processes × grad_accumulation)")  # fmt: skip
         self.seed = run.seed if stage.seed is None else stage.seed
         self.step = 0
@@ -205,14 +205,16 @@ class _Trainer:
                     value = value.detach()
                     logged[name] = logged[name] + value if name in logged else value
             if self.options.clip_norm is not None:
-                accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.options.clip_norm)
+                accelerator.clip_grad_norm_(
+                    [p for g in optimizer.param_groups for p in g["params"]], self.options.clip_norm
+                )
             optimizer.step()
         with torch.no_grad():
             stage.after_step()
         return logged
 
     def _shares(self, micro: list[Batch]) -> list[dict[str, Tensor | float]]:
-        """What each micro-batch's means count for in the mean of the whole batch, by term; nothing if it is all there is.
+        """What each micro-batch's means count for in the mean of the batch, by term; nothing if it is all there is.
 
         A mean over c of the C units that all processes and micro-batches hold together has the share c / C; times the
         number of processes, because gradients are averaged over them.
@@ -248,9 +250,9 @@ class _Trainer:
             for name, value in zip(names, row, strict=True):
                 if not math.isfinite(value):
                     samples = [i for part in indices for i in self.accelerator.gather(part).tolist()]
-                    raise RunFailed(f"stage {self.stage.name!r}: the term {name!r} became {value} at step {step}; samples of "
-                                    f"that batch: {samples}. The last good checkpoint is kept. Lower the learning rate or "
-                                    "the term's weight, set train.clip_norm, or look at these samples")  # fmt: skip
+                    raise RunFailed(f"stage {self.stage.name!r}: the term {name!r} became {value} at step {step}; "
+                                    f"samples of that batch: {samples}. The last good checkpoint is kept. Lower the rate "
+                                    "or the term's weight, set train.clip_norm, or look at these samples")  # fmt: skip
         self.pending.clear()
         return dict(zip(names, rows[-1], strict=True))
 
@@ -303,5 +305,3 @@ def _sum(terms: Mapping[str, Tensor]) -> Tensor:
     for value in values:
         total = total + value
     return total
-
-

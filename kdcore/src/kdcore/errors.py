@@ -46,11 +46,11 @@ class RunFolderError(UserError):
     """A run folder that exists, is locked, or cannot be written."""
 
 
-class RunFailed(KDError):
+class RunFailed(KDError):  # noqa: N818 - it reads as what happened
     """A run that stopped by itself, such as on a term that became NaN. Checkpoints are kept."""
 
 
-class Interrupted(KDError):
+class Interrupted(KDError):  # noqa: N818
     """The run was interrupted by a signal, after its state was saved."""
 
     exit_code = 130

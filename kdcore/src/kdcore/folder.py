@@ -110,7 +110,9 @@ class RunFolder:
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
         status = self.read()
         if not status:
-            strange = [p.name for p in self.path.iterdir() if p.name not in (".lock", "recipe.yaml") and p.suffix != ".tmp"]
+            strange = [
+                p.name for p in self.path.iterdir() if p.name not in (".lock", "recipe.yaml") and p.suffix != ".tmp"
+            ]
             if strange:
                 raise RunFolderError(f"{self.path} is not a run folder: it holds {', '.join(sorted(strange)[:3])}; "
                                      "choose another --run-dir")  # fmt: skip

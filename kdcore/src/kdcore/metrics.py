@@ -29,7 +29,9 @@ def _probabilities(outputs: Outputs, batch: Batch) -> Pair:
 
 
 def _per_pixel(outputs: Outputs, batch: Batch) -> Pair:
-    logits = F.interpolate(outputs.need("logits").float(), batch["mask"].shape[-2:], mode="bilinear", align_corners=False)
+    logits = F.interpolate(
+        outputs.need("logits").float(), batch["mask"].shape[-2:], mode="bilinear", align_corners=False
+    )
     return logits.argmax(1), batch["mask"]
 
 
@@ -49,13 +51,15 @@ def _multilabel(outputs: Outputs, batch: Batch) -> Pair:
     return outputs.need("logits").float().sigmoid(), batch["label"].long()
 
 
-class MeanIoU(tmc.MulticlassConfusionMatrix):
+class MeanIoU(tmc.MulticlassConfusionMatrix):  # type: ignore[misc]
     """Mean over the classes that occur in prediction or target of intersection over union, ignored pixels left out."""
 
     def compute(self) -> Tensor:
+        """The mean, in [0, 1]."""
         matrix = super().compute().double()
         union = matrix.sum(0) + matrix.sum(1) - matrix.diag()
-        return (matrix.diag()[union > 0] / union[union > 0]).mean()
+        mean: Tensor = (matrix.diag()[union > 0] / union[union > 0]).mean()
+        return mean
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ class Outputs:
 
     def detach(self) -> Outputs:
         """The same outputs outside the autograd graph."""
-        return map_tensors(self, Tensor.detach)
+        detached: Outputs = map_tensors(self, Tensor.detach)
+        return detached
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -168,7 +169,9 @@ class Model(nn.Module):
 
     def _stage_names(self, pattern: str, stage: str) -> list[str]:
         if not self.stages:
-            raise ModelError(f"tap {pattern!r}: {type(self.module).__name__} names no stages; write module names instead")
+            raise ModelError(
+                f"tap {pattern!r}: {type(self.module).__name__} names no stages; write module names instead"
+            )
         if stage == "all":
             return list(self.stages)
         try:
@@ -286,11 +289,11 @@ def check_pair(teacher: Labels, student: Labels, who: tuple[str, str] = ("teache
     same_tokens = teacher.vocabulary is not None and teacher.vocabulary == student.vocabulary
     if teacher.vocabulary and student.vocabulary and not same_tokens:
         raise ModelError(f"{who[0]} and {who[1]} have different vocabularies ({teacher.vocabulary} and "
-                         f"{student.vocabulary}): their logits do not mean the same tokens. Use one tokenizer, or a loss for "
-                         "different ones")  # fmt: skip
+                         f"{student.vocabulary}): their logits do not mean the same "
+                         "tokens. Use one tokenizer, or a loss for different ones")  # fmt: skip
     if teacher.count and student.count and teacher.count != student.count and not same_tokens:
-        raise ModelError(f"{who[0]} has {teacher.count} classes, {who[1]} has {student.count}: give both the same label set "
-                         "(see `checkpoint` and the data's classes)")  # fmt: skip
+        raise ModelError(f"{who[0]} has {teacher.count} classes, {who[1]} has {student.count}: give both the same "
+                         "labels (see `checkpoint` and the data's classes)")  # fmt: skip
     ours, theirs = ([n.casefold() for n in labels.names or ()] for labels in (student, teacher))
     if not ours or not theirs or ours == theirs:
         return
@@ -299,7 +302,7 @@ def check_pair(teacher: Labels, student: Labels, who: tuple[str, str] = ("teache
         raise ModelError(f"{who[0]} and {who[1]} order their labels differently: {moved[0]!r} is class "
                          f"{theirs.index(moved[0])} and {ours.index(moved[0])}. Give the data's classes in the teacher's "
                          f"order: {', '.join(theirs[:10])}")  # fmt: skip
-    logger.warning("%s and %s name their classes differently (%r, %r); they are taken to mean the same", *who,
+    logger.warning("%s and %s name their classes differently (%r, %r); taken to mean the same", *who,
                    theirs[0], ours[0])  # fmt: skip
 
 

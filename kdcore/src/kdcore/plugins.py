@@ -63,7 +63,7 @@ class PluginManager:
         Raises:
             PluginError: if it breaks a rule: an unknown hook, wrong arguments, or junk returned.
         """
-        name = name or getattr(plugin, "__name__", type(plugin).__name__)
+        name = name or str(getattr(plugin, "__name__", type(plugin).__name__))
         if name in self._infos:
             raise PluginError(f"a plugin named {name!r} is already registered; pass register(..., name=...)")
         self._infos[name] = self._admit(PluginInfo(name, distribution=name), plugin)
@@ -126,7 +126,9 @@ class PluginManager:
                     if not isinstance(component, Component):
                         raise PluginError(f"{hook} returned a {type(component).__name__}, not a kdcore.Component")
                     if component.kind != kind:
-                        raise PluginError(f"{hook} returned {component.name!r} of kind {component.kind!r}, not {kind!r}")
+                        raise PluginError(
+                            f"{hook} returned {component.name!r} of kind {component.kind!r}, not {kind!r}"
+                        )
                     yield component
 
     # -- lookup ------------------------------------------------------------------------------------------------

@@ -51,7 +51,9 @@ class OptimizerOptions(_Section):
     def _fits(self) -> OptimizerOptions:
         extra = self.model_fields_set - OPTIMIZERS[self.name] - {"name", "lr"}
         if wrong := [key for key in sorted(extra) if getattr(self, key) is not None]:
-            raise ValueError(f"{self.name} has no {', '.join(wrong)}; it has: {', '.join(sorted(OPTIMIZERS[self.name]))}")
+            raise ValueError(
+                f"{self.name} has no {', '.join(wrong)}; it has: {', '.join(sorted(OPTIMIZERS[self.name]))}"
+            )
         return self
 
 
@@ -95,7 +97,9 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     use: str
-    train: Annotated[dict[str, Any] | None, BeforeValidator(lambda v: {} if v is True else None if v is False else v)] = None
+    train: Annotated[
+        dict[str, Any] | None, BeforeValidator(lambda v: {} if v is True else None if v is False else v)
+    ] = None
 
 
 class LossSpec(BaseModel):
@@ -126,7 +130,9 @@ class EvalOptions(_Section):
     """What is measured, and on which splits. The first metric is the one that comparisons use."""
 
     metrics: list[str] = Field([], description="names; default: the task's own")
-    on: list[str] = Field(["val"], description="splits the student is evaluated on at the end; the first during training")
+    on: list[str] = Field(
+        ["val"], description="splits the student is evaluated on at the end; the first during training"
+    )
 
 
 Model = Annotated[ModelSpec, BeforeValidator(_shorthand)]
@@ -173,7 +179,11 @@ def _deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, A
     for key, value in over.items():
         value = {"name": value} if key in ("optimizer", "schedule") and isinstance(value, str) else value
         old = merged.get(key)
-        same = isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("name", old.get("name")) == old.get("name")
+        same = (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("name", old.get("name")) == old.get("name")
+        )
         merged[key] = _deep_merge(old, value) if same else value  # type: ignore[arg-type]
     return merged
 
@@ -210,7 +220,9 @@ def find_recipe(recipe: str | Path | Mapping[str, Any], manager: PluginManager) 
     method, _, name = text.partition("/")
     files = manager.get("method", method).recipe_files()
     if (name or "quickstart") not in files:
-        raise RecipeError(f"method {method!r} ships no recipe {name or 'quickstart'!r}; recipes: {', '.join(files) or 'none'}")
+        raise RecipeError(
+            f"method {method!r} ships no recipe {name or 'quickstart'!r}; recipes: {', '.join(files) or 'none'}"
+        )
     return Path(str(files[name or "quickstart"])), f"{method.partition(':')[2] or method}-{name or 'quickstart'}"
 
 
@@ -239,7 +251,12 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
             key, equals, value = override.partition("=")
             if not equals or not key.strip():
                 raise RecipeError(f"override {override!r}: write key=value, such as train.epochs=3")
-            OmegaConf.update(config, re.sub(r"^(teacher|student)\b", r"\1s.\1", key.strip()), OmegaConf.create(f"v: {value}" if value else "v: ''").v, merge=True)
+            OmegaConf.update(
+                config,
+                re.sub(r"^(teacher|student)\b", r"\1s.\1", key.strip()),
+                OmegaConf.create(f"v: {value}" if value else "v: ''").v,
+                merge=True,
+            )
         return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except IsADirectoryError:
         raise RecipeError(f"{name}: this is a folder; name the recipe file in it") from None
@@ -361,4 +378,3 @@ def _report(source: str, problems: list[str]) -> str:
 
 def _kind_of(config: Any) -> str:
     return "list" if type(config).__name__ == "ListConfig" else type(config).__name__
-

@@ -66,7 +66,9 @@ class Run:
         rows: lines of a comparison table that the method may add to.
     """
 
-    def __init__(self, resolved: Resolved, manager: PluginManager, path: Path, given: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, resolved: Resolved, manager: PluginManager, path: Path, given: Mapping[str, Any] | None = None
+    ) -> None:
         self.resolved, self.recipe, self.manager, self.path = resolved, resolved.recipe, manager, path
         self.given = dict(given or {})
         self.seed = self.recipe.seed
@@ -287,7 +289,9 @@ class Run:
         final._predict = self.method.predict
         if not self.metric_names:
             return {}
-        return {k: v for split in self.recipe.eval.on if split in self.data for k, v in self.evaluate(final, split).items()}
+        return {
+            k: v for split in self.recipe.eval.on if split in self.data for k, v in self.evaluate(final, split).items()
+        }
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -334,12 +338,14 @@ def check_roles(method: Method, recipe: Recipe, given: Mapping[str, Any]) -> Non
         named = [*getattr(recipe, f"{kind}s"), *given.get(f"{kind}s", {})]
         for role in wanted or ():
             if role not in named:
-                raise RecipeError(f"method {name!r} needs a {kind} with the role {role!r} (`{role}:` or `{kind}s.{role}:`); "
+                raise RecipeError(f"method {name!r} needs a {kind} with the role {role!r} (`{kind}s.{role}:`); "
                                   f"the recipe names: {', '.join(named) or f'no {kind}'}")  # fmt: skip
     if recipe.losses and not method.roles.losses:
         raise RecipeError(f"method {name!r} has losses of its own and takes no `losses:` list")
     if method.roles.losses and not recipe.losses:
-        raise RecipeError(f"method {name!r} needs a `losses:` list, such as `losses: [{{use: cross-entropy}}, {{use: kd}}]`")
+        raise RecipeError(
+            f"method {name!r} needs a `losses:` list, such as `losses: [{{use: cross-entropy}}, {{use: kd}}]`"
+        )
     trained = [r for r, s in (*recipe.teachers.items(), *recipe.students.items()) if s.train is not None]
     for stage in recipe.stages if method.stage_names else ():
         if stage not in (*method.stage_names, *trained):
@@ -371,6 +377,7 @@ def _save_trained(stage: TrainStage, artifact: Path) -> None:
 
 
 def run_facts(run: Run, status: Mapping[str, Any]) -> dict[str, Any]:
+    """What `run.json` says of a run when it starts or resumes."""
     versions = {name: metadata.version(name) for name in ("kdcore", "torch", "accelerate")}
     return {"status": "running", "pid": os.getpid(), "seed": run.seed, "started": status.get("started", _now()),
             "resumed": run.folder is not None and run.folder.resumed, "method": run.recipe.method.use,

@@ -54,7 +54,9 @@ class FitStage(Stage):
         """Fit, and write the tensors."""
         from safetensors.torch import save_file
 
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.fit(run).items()}, artifact / "tensors.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in self.fit(run).items()}, artifact / "tensors.safetensors"
+        )
 
     def load(self, run: Run, artifact: Path) -> dict[str, Tensor]:
         """The tensors, on the run's device."""
@@ -206,13 +208,17 @@ class Distill(TrainStage):
         given = {"student": self.student(batch), **{role: t(batch) for role, t in self.teachers.items()}}
         for item in self.weighted:
             if item.teacher in given and _both_logits(item.loss):
-                check_pair(Labels(_classes(given[item.teacher])), Labels(_classes(given["student"])), (item.teacher, "student"))
+                check_pair(
+                    Labels(_classes(given[item.teacher])), Labels(_classes(given["student"])), (item.teacher, "student")
+                )
             for side, signals in item.loss.needs.items():
                 role = item.teacher if side == "teacher" else side
                 for signal in signals:
                     value = getattr(given[role], signal)
                     if value is None or (signal == "features" and not value):
-                        has = [s for s in ("logits", "embedding", "features") if getattr(given[role], s) not in (None, {})]
+                        has = [
+                            s for s in ("logits", "embedding", "features") if getattr(given[role], s) not in (None, {})
+                        ]
                         raise ModelError(f"loss {item.name!r} needs the {role}'s {signal}, which it does not give "
                                          f"(it gives: {', '.join(has) or 'nothing'})")  # fmt: skip
         super().prepare(batch)
@@ -290,7 +296,7 @@ def make_optimizer(parameters: Any, options: OptimizerOptions) -> Optimizer:
 def gather_with_grad(tensor: Tensor) -> Tensor:
     """The tensors of all processes, concatenated along the first dimension, with gradient to each."""
     if tensor.is_floating_point():
-        return torch.cat(torch.distributed.nn.functional.all_gather(tensor.contiguous()))
+        return torch.cat(torch.distributed.nn.functional.all_gather(tensor.contiguous()))  # type: ignore[no-untyped-call]
     parts = [torch.empty_like(tensor) for _ in range(_world_size())]
     torch.distributed.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
@@ -317,4 +323,3 @@ def _unique_names(losses: Sequence[Weighted]) -> list[Weighted]:
         seen[base] = seen.get(base, 0) + 1
         item.name = base if seen[base] == 1 else f"{base}-{seen[base]}"
     return list(losses)
-

@@ -15,7 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +27,9 @@ from kdcore.components import Component
 from kdcore.errors import Interrupted, RecipeError
 from kdcore.hookspecs import ENTRY_POINT_GROUP, hookimpl
 from kdcore.metrics import higher_is_better
-from kdcore.models import map_tensors
 from kdcore.plugins import PluginInfo, PluginManager
 from kdcore.recipe import find_recipe, load
+from kdcore.runner import Result
 from kdcore.stages import Method
 
 STEPS = 6
@@ -45,7 +45,13 @@ def conformance(distribution: str, manager: PluginManager | None = None) -> type
     suite = type(name, (_Plugin,), attributes)
     suite.components = components  # type: ignore[attr-defined]
     suite.pytestmark = []  # type: ignore[attr-defined]
-    for test in (_runs_again_the_same, _resumes_bit_for_bit, _student_reloads, _two_processes_match_one, _paper_recipe_plans):
+    for test in (
+        _runs_again_the_same,
+        _resumes_bit_for_bit,
+        _student_reloads,
+        _two_processes_match_one,
+        _paper_recipe_plans,
+    ):
         if methods:
             wrapped = pytest.mark.parametrize("method", [m.name for m in methods])(test)
             setattr(suite, f"test{test.__name__}", staticmethod(wrapped))
@@ -138,7 +144,9 @@ def _two_processes_match_one(method: str, tmp_path: Path) -> None:
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                    "-m", "kdcore.testing.worker", method, str(tmp_path / str(processes))]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     assert_same_students(tmp_path / "1", tmp_path / "2", tolerance=1e-5)
 
@@ -178,7 +186,7 @@ def cut_recipe(method: str) -> dict[str, Any]:
     return recipe
 
 
-def run_cut(method: str, path: Path, manager: PluginManager | None = None) -> api.Result:
+def run_cut(method: str, path: Path, manager: PluginManager | None = None) -> Result:
     """Run the shortened quickstart."""
     return api.run(cut_recipe(method), run_dir=path, plugins=manager)
 
@@ -213,7 +221,7 @@ def _trained_teachers(path: Path) -> list[str]:
     return found
 
 
-def _higher(result: api.Result, metric: str) -> bool:
+def _higher(result: Result, metric: str) -> bool:
     run, _ = api.load_student(result.path)
     return higher_is_better(run.data.task, metric.partition("/")[2])
 
@@ -226,8 +234,8 @@ def assert_same_students(one: Path, two: Path, tolerance: float = 0.0) -> None:
     assert folders[0]
     assert len(folders[0]) == len(folders[1])
     for a, b in zip(*folders, strict=True):
-        first, second = cast(tuple[Mapping[str, Any], Mapping[str, Any]], (load_file(a), load_file(b)))
+        first, second = load_file(a), load_file(b)
         assert first.keys() == second.keys()
         for key in first:
-            torch.testing.assert_close(map_tensors(first[key], torch.Tensor.double), second[key].double(),
-                                       rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}")  # fmt: skip
+            got, wanted = first[key].double(), second[key].double()
+            torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance, msg=f"{key} differs")

@@ -105,7 +105,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kdcore.testing.golden", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the *.npz files are")
     parser.add_argument("--plugin", help="only this plugin's vectors")
-    parser.add_argument("--plugins", type=Path, default=Path("plugins"), help="folder of the plugins (default: plugins)")
+    parser.add_argument(
+        "--plugins", type=Path, default=Path("plugins"), help="folder of the plugins (default: plugins)"
+    )
     given = parser.parse_args()
     for path in (given.folder, given.plugins):
         if not path.is_dir():
@@ -117,7 +119,9 @@ def main() -> int:
         print(f"{verdict:7}{case.name:44}{'' if case.error is None else f'{case.error:.1e}':>10}  {case.note}")
     failed = [c for c in cases if not c.passed and c.note != "no adapter"]
     agree = sum(c.passed for c in cases)
-    print(f"{agree} agree to {TOLERANCE:g}, {len(failed)} do not, {len(cases) - agree - len(failed)} have no adapter yet")
+    print(
+        f"{agree} agree to {TOLERANCE:g}, {len(failed)} do not, {len(cases) - agree - len(failed)} have no adapter yet"
+    )
     return 1 if failed or not cases else 0
 
 
