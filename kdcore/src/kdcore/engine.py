@@ -251,8 +251,8 @@ class _Trainer:
                 if not math.isfinite(value):
                     samples = [i for part in indices for i in self.accelerator.gather(part).tolist()]
                     raise RunFailed(f"stage {self.stage.name!r}: the term {name!r} became {value} at step {step}; "
-                                    f"samples of that batch: {samples}. The last good checkpoint is kept. Lower the rate "
-                                    "or the term's weight, set train.clip_norm, or look at these samples")  # fmt: skip
+                                    f"samples of that batch: {samples}. The last good checkpoint is kept. Lower the "
+                                    "rate or the term's weight, clip the gradient, or look at these samples")  # fmt: skip
         self.pending.clear()
         return dict(zip(names, rows[-1], strict=True))
 

@@ -300,10 +300,11 @@ def check_pair(teacher: Labels, student: Labels, who: tuple[str, str] = ("teache
     moved = [name for i, name in enumerate(theirs) if name in ours and ours.index(name) != i]
     if moved:
         raise ModelError(f"{who[0]} and {who[1]} order their labels differently: {moved[0]!r} is class "
-                         f"{theirs.index(moved[0])} and {ours.index(moved[0])}. Give the data's classes in the teacher's "
+                         f"{theirs.index(moved[0])} and {ours.index(moved[0])}. Give the data's classes in that "
                          f"order: {', '.join(theirs[:10])}")  # fmt: skip
-    logger.warning("%s and %s name their classes differently (%r, %r); taken to mean the same", *who,
-                   theirs[0], ours[0])  # fmt: skip
+    logger.warning(
+        "%s and %s name their classes differently (%r, %r); taken to mean the same", *who, theirs[0], ours[0]
+    )
 
 
 def _first(value: Any) -> Any:
