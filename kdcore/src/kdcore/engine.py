@@ -252,7 +252,7 @@ class _Trainer:
                     samples = [i for part in indices for i in self.accelerator.gather(part).tolist()]
                     raise RunFailed(f"stage {self.stage.name!r}: the term {name!r} became {value} at step {step}; "
                                     f"samples of that batch: {samples}. The last good checkpoint is kept. Lower the "
-                                    "rate or the term's weight, clip the gradient, or look at these samples")  # fmt: skip
+                                    "rate or the term's weight, clip the gradient, or look at them")  # fmt: skip
         self.pending.clear()
         return dict(zip(names, rows[-1], strict=True))
 
