@@ -71,9 +71,9 @@ def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[s
 
 def schedule_factor(options: ScheduleOptions, step: int, total: int) -> float:
     """The learning rate at a step as a factor of its peak."""
-    warmup = options.warmup * total if options.warmup < 1 else options.warmup
+    warmup = round(options.warmup * total if options.warmup < 1 else options.warmup)
     if step < warmup:
-        return (step + 1) / max(warmup, 1)
+        return (step + 1) / warmup
     done = (step - warmup) / max(total - warmup, 1)
     if options.name == "constant":
         return 1.0
