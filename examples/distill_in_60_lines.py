@@ -1,8 +1,8 @@
 """Knowledge distillation in plain PyTorch: no framework, only the loss functions of kd-classic.
 
 A convolutional network learns handwritten digits of which three labels in ten are wrong; its training is stopped
-before it knows the wrong ones by heart. A small network then learns the same digits twice: alone, from the labels, and
-distilled, from the labels and the large network's answers. Run it with
+before it knows the wrong ones by heart. A small network then learns the same digits twice, from the same start: alone,
+from the labels, and distilled, from the large network's answers. Run it with
 
     python examples/distill_in_60_lines.py
 """
@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from kd_classic.functional import kd
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from kd_classic.functional import kd
+
 
 def network(width: int) -> nn.Sequential:
+    """Three convolutions, a mean over the image, a linear layer."""
     layers: list[nn.Module] = []
     for into, out, stride in ((1, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)):
         layers += [nn.Conv2d(into, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
@@ -35,6 +37,7 @@ def train(net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], epochs: int)
 
 @torch.no_grad()
 def accuracy(net: nn.Module) -> str:
+    """The share of test images that a network gets right."""
     return f"{(net.eval()(test_images).argmax(1) == test_labels).float().mean():.1%}"
 
 

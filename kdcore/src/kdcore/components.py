@@ -21,7 +21,8 @@ class Paper:
     """Where a method comes from.
 
     Args:
-        title, authors, venue, year: as they stand in the paper's own citation.
+        title, venue, year: as they stand in the paper's own citation.
+        authors: their names, separated by commas.
         arxiv: the arXiv number, if there is one.
         url: any further address, such as that of the official code.
     """
@@ -44,7 +45,12 @@ class Paper:
         """The paper as a BibTeX entry."""
         author = re.split(r",| and | et al", self.authors)[0].split()[-1].lower()
         word = re.findall(r"[a-z0-9]+", self.title.lower())[0]
-        fields = {"title": self.title, "author": self.authors, "booktitle": self.venue, "year": str(self.year)}
+        fields = {
+            "title": self.title,
+            "author": " and ".join(self.authors.split(", ")),
+            "booktitle": self.venue,
+            "year": str(self.year),
+        }
         fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"} if self.arxiv else {}
         body = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
         return f"@inproceedings{{{author}{self.year}{word},\n{body}\n}}"
