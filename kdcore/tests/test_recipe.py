@@ -34,7 +34,8 @@ def write(path, text):
 
 def test_short_and_long_forms_are_the_same_recipe(manager, tmp_path):
     short = write(tmp_path, "method: toy-kd\nteacher: toy\nstudent: sized\ndata: toy\neval: {on: [val]}\n")
-    long = {"method": {"use": "toy-kd"}, "teachers": {"teacher": {"use": "toy"}}, "students": {"student": {"use": "sized"}},
+    long = {"method": {"use": "toy-kd"}, "teachers": {"teacher": {"use": "toy"}},
+            "students": {"student": {"use": "sized"}},
             "data": {"use": "toy"}, "eval": {"on": ["val"]}}  # fmt: skip
     assert resolve(load(short), manager).dump() == resolve(load(long), manager).dump()
 

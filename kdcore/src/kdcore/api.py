@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from kdcore import folder
 from kdcore.components import Component
 from kdcore.data import DataModule, Task, as_data_module
-from kdcore.errors import DataError, Interrupted, RunFolderError
+from kdcore.errors import DataError, Interrupted, ModelError, RunFolderError, UserError
 from kdcore.folder import RunFolder
 from kdcore.hookspecs import hookimpl
 from kdcore.models import FromColumns, Model, Source
@@ -93,7 +94,7 @@ def distill(
              "students": {"student": _as_model(student)}}  # fmt: skip
     if module.task.num_classes is None and module.task.kind not in ("regression", "unlabelled"):
         module.task = _with_classes(module, given["students"]["student"])
-    recipe = {"method": {"use": method, **options}, "data": "given", "train": dict(train or {}),
+    recipe = {"method": {"use": method, **options}, "data": "given:given", "train": dict(train or {}),
               "eval": dict(eval or {}),              "losses": list(losses), "seed": seed}  # fmt: skip
     if not plugins or not any(info.name == "given" for info in manager.plugins()):
         manager.register(_Given, name="given")
@@ -105,28 +106,42 @@ def _run(
     resolved: Resolved, manager: PluginManager, path: Path, resume: bool, given: Mapping[str, Any] | None = None
 ) -> Result:
     run = Run(resolved, manager, path, given)
+    atexit.unregister(_leave_processes)
+    atexit.register(_leave_processes)
     main = run.accelerator.is_main_process
     if main:
         run.folder = RunFolder(path, resolved.dump(), resume)
     run.accelerator.wait_for_everyone()
+    wrong = False
     try:
         status = run.folder.read() if run.folder else {}
         if status.get("status") == "finished":
-            return Result(path, status.get("metrics", {}), status.get("rows", []))
+            student = _load_given(path, given) if given else None
+            return Result(path, status.get("metrics", {}), status.get("rows", []), student)
         if run.folder:
             run.folder.update(**run_facts(run, status))
         run.accelerator.init_trackers("tracker")
         result = run.execute()
     except BaseException as error:
+        wrong = isinstance(error, UserError)
         if run.folder:
             stopped = isinstance(error, Interrupted | KeyboardInterrupt)
             run.folder.update(status="interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
         raise
     finally:
-        run.accelerator.end_training()
+        for tracker in run.accelerator.trackers:  # end_training() would end the process group, which a next run needs
+            tracker.finish()
         if run.folder:
+            if wrong:
+                run.folder.discard()
             run.folder.close()
     return result
+
+
+def _leave_processes() -> None:
+    """At the end of the program, not of a run: the next run of this program needs the process group again."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -177,7 +192,7 @@ def load_student(run_dir: str | Path, overrides: Iterable[str] = (),
     folder.verify(where)
     manager = plugins or PluginManager()
     data = load(path / "recipe.yaml", overrides)
-    if data["data"]["use"] == "given":
+    if data["data"]["use"] == "given:given":
         raise RunFolderError(f"{path} was made from Python objects; load {where} in Python instead")
     data["students"][role] = {**data["students"][role], "checkpoint": str(where)}
     run = Run(resolve(data, manager, str(path / "recipe.yaml")), manager, path)
@@ -206,7 +221,18 @@ def _refuse_given(options: Any) -> DataModule:
     raise DataError("this recipe was made by kdcore.distill() from Python objects and cannot run without them")
 
 
+def _load_given(path: Path, given: Mapping[str, Any]) -> Model:
+    """The student handed over, with the weights that a finished run left."""
+    from safetensors.torch import load_model
+
+    student: Model = given["students"]["student"]
+    load_model(student.module, path / "student" / "model.safetensors")
+    return student
+
+
 def _as_model(value: Any) -> Source:
+    if not isinstance(value, torch.nn.Module):
+        raise ModelError(f"a {type(value).__name__} is no model; give an nn.Module or a kdcore.Model")
     return value if isinstance(value, Model | FromColumns) else Model(value)
 
 

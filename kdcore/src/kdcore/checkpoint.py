@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from kdcore.errors import RunFolderError
 logger = logging.getLogger(__name__)
 
 
-def save(accelerator: Accelerator, checkpoints: Path, step: int, keep: int) -> Path:
+def save(accelerator: Accelerator, checkpoints: Path, step: int, keep: int, facts: Mapping[str, Any]) -> Path:
     """Write everything Accelerate holds (modules, optimizers, scaler, random states of every process) after `step`
-    steps; then remove all but the last `keep` checkpoints. Returns the new folder."""
+    steps, with `facts` in the manifest; then remove all but the last `keep` checkpoints. Returns the new folder."""
     final, temporary = checkpoints / f"step-{step:08d}", checkpoints / f"step-{step:08d}.tmp"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -26,8 +27,7 @@ def save(accelerator: Accelerator, checkpoints: Path, step: int, keep: int) -> P
     accelerator.save_state(str(temporary), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        facts = {"step": step, "processes": accelerator.num_processes}
-        folder.commit(temporary, final, facts)
+        folder.commit(temporary, final, {"step": step, "processes": accelerator.num_processes, **facts})
         for old in sorted(checkpoints.glob("step-*[0-9]"))[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()

@@ -130,7 +130,7 @@ class _Trainer:
         if found:
             path, facts = found
             checkpoint.restore(self.accelerator, path)
-            self.step = facts["step"]
+            self.step, self.stage.metrics = facts["step"], dict(facts["metrics"])
             logger.info("stage %s resumes at step %d of %d", self.stage.name, self.step, self.total)
         self.run.forget_rows_after(self.stage.name, self.step)
 
@@ -272,7 +272,8 @@ class _Trainer:
     def _save(self) -> None:
         self._read_terms()  # a step that went wrong must not become a checkpoint
         own_storage(self.stage)
-        path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints)
+        path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints,
+                               {"metrics": self.stage.metrics})  # fmt: skip
         self.run.notify("kd_checkpoint_saved", stage=self.stage, path=path)
 
 

@@ -161,6 +161,11 @@ class RunFolder:
         if rows or path.exists():
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows if keep(row)))
 
+    def discard(self) -> None:
+        """Take a new folder away again, unless a stage in it was finished or saved: its recipe was wrong."""
+        if not self.resumed and not any(self.path.glob(f"stages/*/**/{MANIFEST}")):
+            shutil.rmtree(self.path)
+
     def close(self) -> None:
         """Give up the lock."""
         self._lock.release()

@@ -79,7 +79,7 @@ class PluginManager:
         self._discovered = True
         only = _names(self.only, "KD_PLUGINS")
         disable = _names(self.disable, "KD_DISABLE_PLUGINS")
-        for entry in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
+        for entry in _entry_points():
             dist = entry.dist
             info = PluginInfo(entry.name, dist.name if dist else entry.name, dist.version if dist else "")
             names = {entry.name, info.distribution}
@@ -169,6 +169,18 @@ class PluginManager:
                 logger.warning("plugin %s failed in %s and is ignored from now on: %s: %s",
                                impl.plugin_name, event, type(error).__name__, error)  # fmt: skip
                 self._pluggy.unregister(impl.plugin)
+
+
+def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+    """The entry points of the group, also where the list of one distribution cannot be read."""
+    try:
+        yield from importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)
+    except Exception:
+        for dist in importlib.metadata.distributions():
+            try:
+                yield from (e for e in dist.entry_points if e.group == hookspecs.ENTRY_POINT_GROUP)
+            except Exception as error:
+                logger.warning("%s: its entry_points.txt cannot be read: %s", dist.name, error)
 
 
 def _names(given: Iterable[str] | None, variable: str) -> set[str]:

@@ -107,7 +107,7 @@ class LossSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     use: str
-    name: str | None = None
+    name: str | None = Field(None, pattern=r"^[^./]+$")
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     warmup: float = Field(0.0, ge=0)
     teacher: str = "teacher"
@@ -310,7 +310,7 @@ def resolve(data: Mapping[str, Any], manager: PluginManager, source: str = "reci
         except ComponentError as error:
             problems.append(f"{key}.use: {error}")
         except ValidationError as error:
-            problems += [f"{key}.{line}" for line in explain(error, typing.cast(type[BaseModel], model))]
+            problems += explain(error, typing.cast(type[BaseModel], model), key)
     train_overrides = [(f"{kind}.{role}.train", spec.train) for kind in ("teachers", "students")
                        for role, spec in getattr(recipe, kind).items() if spec.train]  # fmt: skip
     train_overrides += [(f"stages.{name}.train", stage.train) for name, stage in recipe.stages.items()]
@@ -318,7 +318,7 @@ def resolve(data: Mapping[str, Any], manager: PluginManager, source: str = "reci
         try:
             TrainOptions.model_validate(_deep_merge(recipe.train.model_dump(exclude_unset=True), override))
         except ValidationError as error:
-            problems += [f"{key}.{line}" for line in explain(error, TrainOptions)]
+            problems += explain(error, TrainOptions, key)
         if "precision" in override:
             problems.append(f"{key}.precision: precision belongs to the whole run: set train.precision")
     if problems:
@@ -338,12 +338,12 @@ def _components(recipe: Recipe) -> list[tuple[str, Kind, Any]]:
     return found + [(f"losses.{i}", "loss", spec) for i, spec in enumerate(recipe.losses)]
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+def explain(error: ValidationError, model: type[BaseModel], key: str = "") -> list[str]:
     """A pydantic error as lines of `key.path: what is wrong`, with the nearest valid key where one is unknown."""
     lines = []
     for item in error.errors():
         path = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
-        where = ".".join(map(str, path))
+        where = ".".join(filter(None, [key, *map(str, path)]))
         if item["type"] == "extra_forbidden":
             valid = _keys_at(model, path[:-1])
             lines.append(f"{where}: unknown key; {did_you_mean(str(path[-1]), valid, 'valid keys')}")

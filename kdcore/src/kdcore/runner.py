@@ -202,6 +202,8 @@ class Run:
     def execute(self) -> Result:
         """Run all stages, those finished earlier excepted, then save the student and the result."""
         self.notify("kd_run_started")
+        for role in self._student_roles():  # one that cannot be had is told before a teacher is trained
+            self.model(role)
         for role, spec in (*self.recipe.teachers.items(), *self.recipe.students.items()):
             if spec.train is not None:
                 self._train_role(role, spec.train)
