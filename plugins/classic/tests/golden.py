@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from kd_classic import functional
-from kd_classic.modules import Regressor
 from torch import Tensor
 from torch.func import functional_call
+
+from kd_classic import functional
+from kd_classic.modules import Regressor
 
 Tensors = dict[str, Tensor]
 

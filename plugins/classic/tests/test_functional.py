@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from kd_classic.functional import (
     at,
     attention_map,
@@ -17,7 +19,6 @@ from kd_classic.functional import (
     logit_standardize,
 )
 from kd_classic.modules import Regressor
-from torch import Tensor
 
 settings.register_profile("plugin", deadline=None, max_examples=25)
 settings.load_profile("plugin")
@@ -272,6 +273,12 @@ def test_attention_transfer_compares_where_and_not_what(mode, seed):
     assert value > 1e-4
     assert teacher.grad is None
     assert student.grad.abs().sum() > 0
+
+
+def test_attention_map_is_the_normalised_power_of_the_channels():
+    maps = torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])
+    torch.testing.assert_close(attention_map(maps), torch.tensor([[10.0, 4.0]]) / 116**0.5)
+    torch.testing.assert_close(attention_map(maps, p=4), torch.tensor([[82.0, 16.0]]) / (82**2 + 16**2) ** 0.5)
 
 
 def test_attention_transfer_modes_and_layers():

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from pydantic import ValidationError
+
 from kd_demo.columns import corrupt
 from kd_demo.digits import digits
 from kd_demo.grammar import _WORDS, THEME_LIST, TOKENIZER, Tokenizer
@@ -7,7 +9,6 @@ from kd_demo.options import DigitsOptions, SentencesOptions, ShapesOptions, Topi
 from kd_demo.shapes import CLASSES, shapes
 from kd_demo.text import sentences, topics
 from kdcore.data import IGNORE
-from pydantic import ValidationError
 
 MAKE = {
     "digits": lambda **o: digits(DigitsOptions(**o)),

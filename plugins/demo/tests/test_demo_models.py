@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kd_demo.nets
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+import kd_demo.nets
+import kdcore
 from kd_demo import models, nets
 from kd_demo.digits import digits
 from kd_demo.options import (
@@ -24,10 +28,6 @@ from kd_demo.text import sentences, topics
 from kdcore.data import Task
 from kdcore.errors import ModelError
 from kdcore.stages import Method, Roles, Supervised
-from pydantic import ValidationError
-from safetensors.torch import save_file
-
-import kdcore
 
 FEW = {"train": 8, "val": 4, "test": 4}
 DATA = {

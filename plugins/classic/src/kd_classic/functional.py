@@ -64,9 +64,7 @@ def cross_entropy(
     """
     rows, labels = flatten_positions(_at_least_float32(logits), target)
     assert labels is not None
-    values = F.cross_entropy(
-        rows, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
+    values = F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
     return _reduce(values, labels != ignore_index, target.shape, reduction)
 
 

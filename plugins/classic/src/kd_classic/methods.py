@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from kdcore import Distill, Loss, Method, Roles, Run, Stage
-from kdcore.losses import Weighted
-
 from kd_classic import losses
 from kd_classic.options import (
     ATMethodOptions,
@@ -17,6 +14,8 @@ from kd_classic.options import (
     KDMethodOptions,
     KDOptions,
 )
+from kdcore import Distill, Loss, Method, Roles, Run, Stage
+from kdcore.losses import Weighted
 
 Stages = Generator[Stage, Any, None]
 
@@ -29,14 +28,14 @@ class WithLosses(Method):
 
     def stages(self, run: Run) -> Stages:
         """One stage."""
-        yield Distill(run.student, run.losses(), run.teachers(), predict=self.predict)
+        yield Distill(run.student, run.losses(), run.teachers())
 
 
 class _Baseline(Method):
     """Cross-entropy plus one distillation loss. Its ablation is the student alone, on the same schedule."""
 
     stage_names: tuple[str, ...] = ("distill",)
-    ablation: Mapping[str, Any] = {"method.weight": 0, "method.ce_weight": 1}  # noqa: RUF012
+    ablation: Mapping[str, Any] = {"method.weight": 0, "method.ce_weight": 1}
     name = ""
 
     def loss(self) -> Loss:
@@ -48,10 +47,10 @@ class _Baseline(Method):
         yield self.joint_stage(run)
 
     def joint_stage(self, run: Run) -> Distill:
-        """Both losses together."""
+        """Both losses together; without labels, where `ce_weight` is 0."""
         o = self.options
-        terms = [Weighted(losses.CrossEntropy(), o.ce_weight, "cross-entropy"),
-                 Weighted(self.loss(), o.weight, self.name, getattr(o, "warmup", 0.0))]  # fmt: skip
+        terms = [Weighted(losses.CrossEntropy(), o.ce_weight, "cross-entropy")] if o.ce_weight else []
+        terms.append(Weighted(self.loss(), o.weight, self.name, getattr(o, "warmup", 0.0)))
         return Distill(run.student, terms, run.teacher)
 
 
@@ -84,7 +83,10 @@ class AT(_Baseline):
 
 
 class FitNets(_Baseline):
-    """Romero et al. 2015: hints and task together, as in the benchmarks, or hints first and KD then, as in the paper."""
+    """Romero et al. 2015: hints and task together, as in the benchmarks, or hints first and KD then, as in the paper.
+
+    In the second form, the layers of the student above the hint learn nothing in the first stage.
+    """
 
     name = "fitnets"
     options: FitNetsMethodOptions
@@ -96,7 +98,9 @@ class FitNets(_Baseline):
         if o.joint:
             yield self.joint_stage(run)
             return
-        yield Distill(run.student, [Weighted(self.loss(), o.weight, self.name)], run.teacher, name="hint")
+        hint = Distill(run.student, [Weighted(self.loss(), o.weight, self.name)], run.teacher, name="hint")
+        hint.find_unused_parameters = True
+        yield hint
         terms = [Weighted(losses.CrossEntropy(), o.ce_weight, "cross-entropy"),
                  Weighted(losses.KD(KDOptions(temperature=o.temperature)), o.kd_weight, "kd")]  # fmt: skip
         yield Distill(run.student, terms, run.teacher)

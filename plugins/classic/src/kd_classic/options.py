@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from kdcore.options import Options
 from pydantic import Field
+
+from kdcore.options import Options
 
 
 class CrossEntropyOptions(Options):

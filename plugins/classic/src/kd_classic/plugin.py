@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from kdcore import Component, Paper, hookimpl
 
 PAPERS = {
@@ -13,8 +15,8 @@ PAPERS = {
                 "Attention Transfer", "Sergey Zagoruyko, Nikos Komodakis", "ICLR", 2017, "1612.03928"),
     "dkd": Paper("Decoupled Knowledge Distillation", "Borui Zhao, Quan Cui, Renjie Song, Yiyu Qiu, Jiajun Liang",
                  "CVPR", 2022, "2203.08679"),
-    "dist": Paper("Knowledge Distillation from A Stronger Teacher", "Tao Huang, Shan You, Fei Wang, Chen Qian, Chang Xu",
-                  "NeurIPS", 2022, "2205.10536"),
+    "dist": Paper("Knowledge Distillation from A Stronger Teacher", "Tao Huang, Shan You, Fei Wang, Chen Qian, "
+                  "Chang Xu", "NeurIPS", 2022, "2205.10536"),
 }  # fmt: skip
 CLASSES = {"kd": "KD", "fitnets": "FitNets", "at": "AT", "dkd": "DKD", "dist": "DIST"}
 SUMMARIES = {
@@ -31,16 +33,20 @@ TAGS = {"kd": ("logits", "any"), "dkd": ("logits", "any"), "dist": ("logits", "a
 @hookimpl
 def kd_register_losses() -> list[Component]:
     """Cross-entropy and the distillation losses."""
-    found = [Component("loss", name, f"kd_classic.losses:{cls}", f"kd_classic.options:{cls}Options", SUMMARIES[name],
-                       TAGS[name], PAPERS[name]) for name, cls in CLASSES.items()]  # fmt: skip
-    return [Component("loss", "cross-entropy", "kd_classic.losses:CrossEntropy", "kd_classic.options:CrossEntropyOptions",
-                      "cross-entropy with the labels", ("labels", "any")), *found]  # fmt: skip
+    target, options = "kd_classic.losses:CrossEntropy", "kd_classic.options:CrossEntropyOptions"
+    plain = Component("loss", "cross-entropy", target, options, "cross-entropy with the labels", ("labels", "any"))
+    return [plain, *(_component("loss", name) for name in CLASSES)]
 
 
 @hookimpl
 def kd_register_methods() -> list[Component]:
     """The generic method and each baseline."""
-    found = [Component("method", name, f"kd_classic.methods:{cls}", f"kd_classic.options:{cls}MethodOptions",
-                       SUMMARIES[name], TAGS[name], PAPERS[name], f"recipes/{name}") for name, cls in CLASSES.items()]  # fmt: skip
-    return [Component("method", "distill", "kd_classic.methods:WithLosses", None, "any list of losses, any teachers",
-                      ("generic", "any"), recipes="recipes/distill"), *found]  # fmt: skip
+    target, summary = "kd_classic.methods:WithLosses", "any list of losses, any teachers"
+    generic = Component("method", "distill", target, None, summary, ("generic", "any"), recipes="recipes/distill")
+    return [generic, *(_component("method", name) for name in CLASSES)]
+
+
+def _component(kind: Literal["loss", "method"], name: str) -> Component:
+    module, suffix = ("losses", "Options") if kind == "loss" else ("methods", "MethodOptions")
+    target, options = f"kd_classic.{module}:{CLASSES[name]}", f"kd_classic.options:{CLASSES[name]}{suffix}"
+    return Component(kind, name, target, options, SUMMARIES[name], TAGS[name], PAPERS[name], f"recipes/{name}")

@@ -10,12 +10,12 @@ import math
 from typing import Any
 
 import torch
-from kdcore.data import DataModule, Task, derive_seed
 from torch import Tensor
 from torch.nn import functional as F
 
 from kd_demo.columns import Columns, corrupt
 from kd_demo.options import DigitsOptions
+from kdcore.data import DataModule, Task, derive_seed
 
 BRIGHTEST = 16.0
 DEGREES, PIXELS = 10.0, 1.0

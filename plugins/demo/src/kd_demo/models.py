@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kd_demo import nets
+from kd_demo.options import CNNOptions, ModelOptions, SegmenterOptions, TransformerOptions
 from kdcore.api import student_folder
 from kdcore.data import Task
 from kdcore.errors import ModelError
 from kdcore.models import Labels, Model, check_pair
-
-from kd_demo import nets
-from kd_demo.options import CNNOptions, ModelOptions, SegmenterOptions, TransformerOptions
 
 POOLED = ("classification", "multilabel", "regression")
 DENSE = ("causal-lm", "masked-lm", "token-classification")

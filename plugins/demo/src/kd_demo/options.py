@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kdcore.options import Options
 from pydantic import Field, model_validator
+
+from kdcore.options import Options
 
 
 class DigitsOptions(Options):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from kdcore.components import Kind
-
 from kdcore import Component, hookimpl
+from kdcore.components import Kind
 
 _IMAGE, _PIXELS, _TEXT, _TOKENS = (
     ("image", "classification"),

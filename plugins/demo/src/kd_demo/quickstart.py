@@ -9,10 +9,9 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from kd_demo.options import QuickstartOptions
 from kdcore import Distill, Method, Model, Roles, Run, Stage
 from kdcore.stages import Supervised
-
-from kd_demo.options import QuickstartOptions
 
 
 class Quickstart(Method):

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 
 import torch
-from kdcore.data import DataModule, Task, derive_seed
 from torch import Tensor
 from torch.nn import functional as F
 
 from kd_demo.columns import Columns, corrupt
 from kd_demo.options import ShapesOptions
+from kdcore.data import DataModule, Task, derive_seed
 
 CLASSES = ("background", "disc", "rectangle", "triangle", "ring")
 FEWEST, MOST = 2, 4

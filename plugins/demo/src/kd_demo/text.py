@@ -6,7 +6,6 @@ import random
 from typing import Any
 
 import torch
-from kdcore.data import IGNORE, DataModule, Task, derive_seed
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
@@ -14,6 +13,7 @@ from torch.utils.data import default_collate
 from kd_demo.columns import Columns
 from kd_demo.grammar import THEME_LIST, TOKENIZER, TOPICS, sentence
 from kd_demo.options import GeneratedOptions, SentencesOptions, TopicsOptions
+from kdcore.data import IGNORE, DataModule, Task, derive_seed
 
 PADDING = {"input_ids": TOKENIZER.pad_id, "attention_mask": 0, "labels": IGNORE}
 

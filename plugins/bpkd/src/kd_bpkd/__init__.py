@@ -1,0 +1,1 @@
+"""Boundary privileged knowledge distillation for semantic segmentation."""

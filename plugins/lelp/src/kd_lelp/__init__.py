@@ -1,0 +1,1 @@
+"""Linear projections of teacher embeddings, for distillation with few classes."""
