@@ -7,13 +7,13 @@ import textwrap
 import pytest
 import timm
 import torch
-from kd_timm.models import timm_model
-from kd_timm.options import TimmOptions, TimmTeacherOptions
-from kdcore.data import Task
-from kdcore.errors import ModelError
 from safetensors.torch import load_file, save_file
 
+from kd_timm.models import timm_model
+from kd_timm.options import TimmOptions, TimmTeacherOptions
 from kdcore import PluginManager
+from kdcore.data import Task
+from kdcore.errors import ModelError
 
 CLASSES = ("cat", "dog", "owl")
 TASK = Task("classification", CLASSES, image=(3, 32, 32))

@@ -9,7 +9,7 @@ from torch import Tensor
 from kd_bpkd.functional import bpkd
 from kd_bpkd.options import BPKDLossOptions
 from kdcore import Loss, Outputs
-from kdcore.data import IGNORE
+from kdcore.data import IGNORE, Task
 from kdcore.engine import count_samples
 from kdcore.errors import DataError
 from kdcore.losses import TaskLoss
@@ -51,13 +51,18 @@ class BPKD(Loss):
         return count_samples(batch)
 
 
-class AuxiliaryCrossEntropy(TaskLoss):
+class AuxiliaryCrossEntropy(Loss):
     """Cross-entropy of the student's auxiliary head, whose logits `[B, C, h, w]` are `Outputs.extras["aux_logits"]`."""
 
     needs = {}
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.loss = TaskLoss(task)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: dict[str, Any]) -> Tensor | dict[str, Tensor]:
         """Mean over the pixels that are not ignored; no term for a student without such a head."""
         if "aux_logits" not in student.extras:
             return {}
-        return super().forward(Outputs(logits=student.extras["aux_logits"]), teacher, batch)
+        found: Tensor = self.loss(Outputs(logits=student.extras["aux_logits"]), teacher, batch)
+        return found

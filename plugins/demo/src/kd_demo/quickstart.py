@@ -64,7 +64,6 @@ def row(run: Run, name: str, model: Model, scores: list[float]) -> dict[str, Any
 def file_size(model: Model, where: Path) -> int:
     """Bytes of a model as it is saved."""
 
-
     with tempfile.TemporaryDirectory(dir=where) as folder:
         model.save(Path(folder))
         return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
@@ -73,5 +72,3 @@ def file_size(model: Model, where: Path) -> int:
 def first(metrics: dict[str, float]) -> float:
     """The metric that comparisons use."""
     return next(iter(metrics.values()))
-
-

@@ -37,7 +37,7 @@ class LELPMethod(Method):
     def stages(self, run: Run) -> Generator[Stage, Any, None]:
         """The stages. Raises `DataError` where samples do not have one class each."""
         if run.data.task.kind != "classification":
-            raise DataError(f"lelp splits the classes of a classification; the data poses a {run.data.task.kind!r} task")
+            raise DataError(f"lelp splits the classes of a classification; this is a {run.data.task.kind!r} task")
         buffers = yield FitProjector(self.options)
         loss = LELP(self.options, make_projector(buffers))
         yield Distill(run.student, [Weighted(loss, name="lelp")], run.teacher, predict=self.predict)
@@ -141,7 +141,7 @@ def padded(projector: SubclassProjector, subclasses: int) -> dict[str, Tensor]:
 
 def _need_embedding(outputs: Outputs) -> Tensor:
     if outputs.embedding is None:
-        raise ModelError("lelp reads the teacher's embedding, the input of its last linear layer, which this teacher does "
+        raise ModelError("lelp reads the teacher's embedding, the input of its last linear layer, which this one does "
                          "not give: return kdcore.Outputs(logits=..., embedding=...) from its `call`")  # fmt: skip
     return outputs.embedding
 

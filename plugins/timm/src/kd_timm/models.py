@@ -10,16 +10,16 @@ from typing import Any
 
 import timm
 import torch
-from kdcore.api import student_folder
-from kdcore.data import Task
-from kdcore.errors import ModelError, did_you_mean
-from kdcore.models import Batch, Labels, Model, Outputs
-from kdcore.options import Download
 from timm.models import is_model, load_state_dict, parse_model_name, save_for_hf, split_model_name_tag
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_timm.options import TimmOptions, TimmTeacherOptions
+from kdcore.api import student_folder
+from kdcore.data import Task
+from kdcore.errors import ModelError, did_you_mean
+from kdcore.models import Batch, Labels, Model, Outputs
+from kdcore.options import Download
 
 TASKS = ("classification", "multilabel", "regression", "unlabelled")
 BYTES_PER_WEIGHT = 4  # published weights are float32

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kdcore.options import Download, Options
 from pydantic import Field
+
+from kdcore.options import Download, Options
 
 
 class TimmOptions(Options):

@@ -1,8 +1,7 @@
 """Hooks of kd-timm."""
 
-from kdcore.components import Component
-
 from kdcore import hookimpl
+from kdcore.components import Component
 
 TARGET = "kd_timm.models:timm_model"
 TAGS = ("image", "classification", "logits", "embedding", "features")
