@@ -13,6 +13,7 @@ import kdcore
 from kdcore import Component, DataModule, Distill, Loss, Method, Model, Outputs, Roles, Task
 from kdcore.losses import TaskLoss, Weighted
 from kdcore.models import Labels
+from kdcore.recipe import ScheduleOptions
 from kdcore.stages import FitStage, TrainStage
 
 torch.set_num_threads(1)
@@ -91,6 +92,7 @@ class TwoPhases(TrainStage):
         self.student, self.critic, self.frozen = student, nn.Linear(3, 1), {"teacher": teacher.freeze()}
         self.ema = net(8, dropout=0.3).requires_grad_(False)
         self.register_buffer("queue", torch.zeros(4, 3))
+        self.schedules = {"critic": ScheduleOptions(name="constant")}
 
     def optimizers(self, train):
         return {"critic": torch.optim.SGD(self.critic.parameters(), lr=0.1),

@@ -144,6 +144,31 @@ def test_a_model_may_be_trained_before_the_method_and_its_folder_be_a_checkpoint
     assert {r["stage"]: r["step"] for r in rows} == {"teacher": 4, "distill": 12}
 
 
+def test_every_objective_has_its_own_optimizer_and_schedule(recipe, manager, tmp_path):
+    recipe["method"] = "adversarial"
+    seen = []
+
+    class Watch:
+        @kdcore.hookimpl
+        def kd_step_finished(self, stage, step, terms):
+            seen.append(sorted(terms))
+            if step == 12:
+                self.rates = [g["lr"] for o in stage.made.values() for g in o.param_groups]
+
+    module = __import__(manager.get("method", "adversarial").target.__module__, fromlist=["TwoPhases"])
+    make = module.TwoPhases.optimizers
+    watch = Watch()
+    manager.register(watch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module.TwoPhases, "optimizers", lambda self, train: setattr(self, "made", make(self, train)) or self.made
+        )
+        go(recipe, manager, tmp_path / "run")
+    assert seen == [["critic", "fool"]] * 12
+    assert watch.rates[0] == pytest.approx(0.1)  # constant
+    assert watch.rates[1] < 0.001  # the recipe's cosine, at its last step
+
+
 def test_an_observer_can_end_a_stage_early(recipe, manager, tmp_path):
     manager.register(At(5, lambda run: run.request_stop("enough")), name="stop")
     result = go(recipe, manager, tmp_path / "run")

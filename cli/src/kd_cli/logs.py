@@ -35,7 +35,8 @@ def set_up(verbose: int = 0) -> None:
     if not is_main_process():
         root.setLevel(logging.ERROR)
     if verbose < 2:
-        for name, value in _QUIET.items():
+        bars = {} if sys.stderr.isatty() else {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        for name, value in {**_QUIET, **bars}.items():
             os.environ.setdefault(name, value)
         for name in _LIBRARIES:
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -186,11 +186,12 @@ class _Trainer:
         """One step: for each objective, forward and backward over the micro-batches, then its optimizer."""
         stage, accelerator = self.stage, self.accelerator
         stage.progress = Progress(self.step, self.step // (self.per_epoch or self.total), self.step / self.total)
-        factor = schedule_factor(self.options.schedule, self.step, self.total)
         stage.before_step(micro)
         shares = self._shares(micro)
         logged: dict[str, Tensor] = {}
         for objective, optimizer in self.optimizers.items():
+            schedule = stage.schedules.get(objective, self.options.schedule)
+            factor = schedule_factor(schedule, self.step, self.total)
             for group, lr in zip(optimizer.param_groups, self.base_lrs[objective], strict=True):
                 group["lr"] = lr * factor
             stage.zero_grad(set_to_none=True)

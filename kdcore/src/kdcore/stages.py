@@ -18,7 +18,7 @@ from kdcore.errors import ModelError, RecipeError
 from kdcore.losses import Loss, Progress, TaskLoss, Weighted, named_terms
 from kdcore.metrics import Metrics
 from kdcore.models import Batch, Labels, Model, Outputs, Source, check_pair, map_tensors
-from kdcore.recipe import OPTIMIZERS, OptimizerOptions, TrainOptions
+from kdcore.recipe import OPTIMIZERS, OptimizerOptions, ScheduleOptions, TrainOptions
 
 if TYPE_CHECKING:
     from kdcore.runner import Run
@@ -81,6 +81,7 @@ class TrainStage(nn.Module, Stage):
         frozen: models that are used but neither trained nor saved; moved to the device and kept in evaluation mode.
         exports: models saved in their native format with the artifact, by name.
         overrides: changes of the recipe's `train` section for this stage; `stages.<name>` has the last word.
+        schedules: learning-rate schedules of single objectives, where they are not the recipe's.
         progress: how far the stage has come; current in every step.
         total_steps: how many steps it has, known when it starts.
         metrics: the last evaluation during training, by `split/metric`.
@@ -98,6 +99,7 @@ class TrainStage(nn.Module, Stage):
         self.frozen: dict[str, Source] = {}
         self.exports: dict[str, Model] = {}
         self.overrides: Mapping[str, Any] = {}
+        self.schedules: Mapping[str, ScheduleOptions] = {}
         self.progress = Progress()
         self.total_steps = 0
         self.metrics: dict[str, float] = {}

@@ -365,6 +365,11 @@ def test_missing_files_columns_and_splits_are_named(reviews, tmp_path):
 
 
 def test_labels_that_are_no_classes_are_named(reviews, tmp_path):
+    named = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).cast_column(
+        "label", ClassLabel(names=["neg", "pos"])
+    )
+    named.to_parquet(tmp_path / "named.parquet")
+    assert "no class 'positive'; did you mean 'pos'" in refusal(tmp_path / "named.parquet", classes=["neg", "positive"])
     message = refusal(reviews, text="review", label="sentiment", classes=["positive", "neg"])
     assert "the data also has 'pos'; did you mean 'positive'" in message
     data = load(reviews, text="review", label="stars", classes=4)

@@ -114,6 +114,9 @@ def find_classes(options: DatasetsOptions, kind: Kind, splits: Mapping[str, Any]
     feature = _inner(next(iter(splits.values())).features, column)
     ignored = (None, options.ignore_label)
     if isinstance(feature, datasets.ClassLabel):
+        if unknown := [name for name in named if name not in feature.names]:
+            hint = did_you_mean(unknown[0], feature.names, "its classes")
+            raise DataError(f"classes: the data has no class {unknown[0]!r}; {hint}")
         numbers = _numbers(feature.names, named, feature.names)
         by_value = {feature.str2int(name): number for name, number in numbers.items()}
         return Classes(tuple(named or feature.names), len(numbers), by_value, (*ignored, -1))
