@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lelp.functional import grouped_log_probs, lelp
-from kd_lelp.options import LELPLossOptions, LossOptions
+from kd_lelp.options import LossOptions
 from kd_lelp.projector import SubclassProjector
 from kdcore import Loss, Outputs
 from kdcore.errors import ModelError, RecipeError
@@ -89,8 +89,3 @@ def read_projector(path: str | None) -> SubclassProjector:
         return make_projector(load_file(path))
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise RecipeError(f"losses: projector {path} cannot be loaded: {type(error).__name__}: {error}") from None
-
-
-def from_options(options: LELPLossOptions) -> LELP:
-    """The component `lelp`."""
-    return LELP(options)

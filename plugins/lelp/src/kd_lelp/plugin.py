@@ -13,7 +13,7 @@ TAGS = ("classification", "few-class", "image", "text", "logits", "embedding")
 @hookimpl
 def kd_register_losses() -> list[Component]:
     """The cross-entropy over pseudo-subclasses."""
-    return [Component("loss", "lelp", "kd_lelp.losses:from_options", "kd_lelp.options:LELPLossOptions", SUMMARY, TAGS,
+    return [Component("loss", "lelp", "kd_lelp.losses:LELP", "kd_lelp.options:LELPLossOptions", SUMMARY, TAGS,
                       PAPER)]  # fmt: skip
 
 
