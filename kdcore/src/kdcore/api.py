@@ -6,9 +6,10 @@ import atexit
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from kdcore import folder
 from kdcore.components import Component
@@ -108,13 +109,9 @@ def _run(
     run = Run(resolved, manager, path, given)
     atexit.unregister(_leave_processes)
     atexit.register(_leave_processes)
-    main = run.accelerator.is_main_process
-    if main:
-        run.folder = RunFolder(path, resolved.dump(), resume)
-    run.accelerator.wait_for_everyone()
+    status = _open_folder(run, resolved, resume)
     wrong = False
     try:
-        status = run.folder.read() if run.folder else {}
         if status.get("status") == "finished":
             student = _load_given(path, given) if given else None
             return Result(path, status.get("metrics", {}), status.get("rows", []), student)
@@ -136,6 +133,21 @@ def _run(
                 run.folder.discard()
             run.folder.close()
     return result
+
+
+def _open_folder(run: Run, resolved: Resolved, resume: bool) -> dict[str, Any]:
+    """Lock the run folder on the main process; every process learns what `run.json` says, or why there is no folder."""
+    found: list[Any] = [None]
+    if run.accelerator.is_main_process:
+        try:
+            run.folder = RunFolder(run.path, resolved.dump(), resume)
+            found = [run.folder.read()]
+        except RunFolderError as error:
+            found = [error]
+    (status,) = broadcast_object_list(found)
+    if isinstance(status, RunFolderError):
+        raise status
+    return cast(dict[str, Any], status)
 
 
 def _leave_processes() -> None:

@@ -130,7 +130,7 @@ def test_one_subclass_is_the_method_kd(tmp_path):
     kd = {"use": "kd", "temperature": 2, "ce_weight": 0, "weight": 1}
     one = api.run(digits(method={"use": "lelp", "subclasses": 1, "tau": 2}), run_dir=tmp_path / "one")
     plain = api.run(digits(method=kd), run_dir=tmp_path / "kd")
-    assert_same_students(one.path, plain.path, tolerance=1e-5)
+    assert_same_students(one.path, plain.path, tolerance=1e-6)
     many = api.run(digits(method={"use": "lelp", "subclasses": 3, "tau": 2}), run_dir=tmp_path / "many")
     first, second = (load_file(run.path / "student" / "model.safetensors") for run in (one, many))
     assert not torch.allclose(first["stem.0.weight"], second["stem.0.weight"], atol=1e-3)
@@ -223,7 +223,7 @@ def test_terms_add_up_to_the_loss_of_the_paper(tmp_path):
 
 def test_beats_its_ablation(tmp_path):
     """Measured over ten seeds: 3 points of accuracy more than plain distillation."""
-    assert effect("lelp", tmp_path, seeds=(1, 2)) > 0.01
+    assert effect("lelp", tmp_path, seeds=(0, 1)) > 0.01
 
 
 def tiny_albert(folder: Path, width: int) -> str:
