@@ -94,7 +94,8 @@ def distill(
     given: dict[str, Any] = {"data": module, "teachers": {k: _as_model(v) for k, v in teachers.items()},
              "students": {"student": _as_model(student)}}  # fmt: skip
     if module.task.num_classes is None and module.task.kind not in ("regression", "unlabelled"):
-        module.task = _with_classes(module, given["students"]["student"])
+        known = [*given["teachers"].values(), given["students"]["student"]]  # a student's head may be a wider one
+        module.task = _with_classes(module, next(m for m in known if isinstance(m, Model)))
     recipe = {"method": {"use": method, **options}, "data": "given:given", "train": dict(train or {}),
               "eval": dict(eval or {}),              "losses": list(losses), "seed": seed}  # fmt: skip
     if not plugins or not any(info.name == "given" for info in manager.plugins()):
@@ -248,9 +249,9 @@ def _as_model(value: Any) -> Source:
     return value if isinstance(value, Model | FromColumns) else Model(value)
 
 
-def _with_classes(data: DataModule, student: Source) -> Task:
-    training = isinstance(student, torch.nn.Module) and student.training
+def _with_classes(data: DataModule, model: Model) -> Task:
+    training = model.training
     with torch.no_grad():
-        logits = student.eval()(data.sample("train")).need("logits")
-    student.train(training)
+        logits = model.eval()(data.sample("train")).need("logits")
+    model.train(training)
     return replace(data.task, num_classes=logits.shape[-1 if logits.ndim == 3 else 1])
