@@ -111,6 +111,7 @@ class _Trainer:
         if options.compile:
             stage.compile()
         stage.train()
+        stage.zero_grad(set_to_none=True)
         self.optimizers = stage.optimizers(options)
         self.base_lrs = {o: [g["lr"] for g in opt.param_groups] for o, opt in self.optimizers.items()}
         unused = stage.find_unused_parameters or len(stage.objectives) > 1
@@ -194,7 +195,6 @@ class _Trainer:
             factor = schedule_factor(schedule, self.step, self.total)
             for group, lr in zip(optimizer.param_groups, self.base_lrs[objective], strict=True):
                 group["lr"] = lr * factor
-            stage.zero_grad(set_to_none=True)
             for i, batch in enumerate(micro):
                 last = i == len(micro) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
@@ -210,6 +210,7 @@ class _Trainer:
                     [p for g in optimizer.param_groups for p in g["params"]], self.options.clip_norm
                 )
             optimizer.step()
+            stage.zero_grad(set_to_none=True)  # here, so that the next forward can have the memory
         with torch.no_grad():
             stage.after_step()
         return logged
