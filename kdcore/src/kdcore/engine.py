@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdcore import checkpoint
 from kdcore.data import derive_seed, seeded, to_device
 from kdcore.errors import DataError, Interrupted, ModelError, RecipeError, RunFailed
-from kdcore.losses import Progress
+from kdcore.losses import Progress, count_samples
 from kdcore.models import Batch
 from kdcore.recipe import ScheduleOptions
 from kdcore.stages import TrainStage
@@ -286,11 +286,6 @@ def own_storage(module: nn.Module) -> None:
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.untyped_storage().nbytes() != buffer.nbytes:
                 setattr(part, name, buffer.clone())
-
-
-def count_samples(batch: Batch) -> Tensor:
-    """Samples in a batch, as a scalar tensor."""
-    return torch.full((), float(_index(batch).shape[0]), device=_index(batch).device)
 
 
 def _index(batch: Batch) -> Tensor:

@@ -75,6 +75,12 @@ def count_units(batch: Batch) -> Tensor:
     return torch.full((), tensor.shape[0], device=tensor.device)
 
 
+def count_samples(batch: Batch) -> Tensor:
+    """Samples in a batch, as a scalar tensor."""
+    index: Tensor = batch["index"]
+    return torch.full((), float(index.shape[0]), device=index.device)
+
+
 @dataclass
 class Weighted:
     """A loss with its place in the sum.

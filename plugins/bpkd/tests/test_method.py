@@ -11,9 +11,8 @@ from kd_bpkd.options import BPKDLossOptions
 from kd_bpkd.trimap import trimap, trimap_scores
 from kdcore import Model, Outputs, api
 from kdcore.data import IGNORE, DataModule, Task
-from kdcore.engine import count_samples
 from kdcore.errors import DataError, ModelError, RecipeError
-from kdcore.losses import Progress
+from kdcore.losses import Progress, count_samples
 from kdcore.testing import effect
 
 CLASSES, SIZE = 3, 16

@@ -10,9 +10,8 @@ from kd_bpkd.functional import bpkd
 from kd_bpkd.options import BPKDLossOptions
 from kdcore import Loss, Outputs
 from kdcore.data import IGNORE, Task
-from kdcore.engine import count_samples
 from kdcore.errors import DataError
-from kdcore.losses import TaskLoss
+from kdcore.losses import TaskLoss, count_samples
 
 
 class BPKD(Loss):

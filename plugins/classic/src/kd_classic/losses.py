@@ -15,7 +15,7 @@ from kd_classic.options import ATOptions, CrossEntropyOptions, DISTOptions, DKDO
 from kdcore import Loss, Outputs
 from kdcore.data import IGNORE
 from kdcore.errors import DataError, ModelError
-from kdcore.losses import count_units
+from kdcore.losses import count_samples, count_units
 
 Batch = dict[str, Any]
 
@@ -85,7 +85,7 @@ class KD(Loss):
 
     def count(self, batch: Batch) -> Tensor:
         """Samples, or pixels and tokens whose target is not ignored."""
-        return _samples(batch) if "label" in batch else count_units(batch)
+        return count_samples(batch) if "label" in batch else count_units(batch)
 
 
 class DKD(Loss):
@@ -160,7 +160,7 @@ class _Layers(Loss):
 
     def count(self, batch: Batch) -> Tensor:
         """Samples."""
-        return _samples(batch)
+        return count_samples(batch)
 
 
 class FitNets(_Layers):
@@ -193,7 +193,3 @@ class AT(_Layers):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Mean over the batch, summed over the pairs."""
         return functional.at(*self.pairs(student, teacher), mode=self.options.mode, p=self.options.p)
-
-
-def _samples(batch: Batch) -> Tensor:
-    return torch.full((), batch["index"].shape[0], device=batch["index"].device)
