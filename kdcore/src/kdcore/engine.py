@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import Tensor, nn
 
 from kdcore import checkpoint
@@ -111,20 +111,31 @@ class _Trainer:
         if options.compile:
             stage.compile()
         stage.train()
-        stage.zero_grad(set_to_none=True)
         self.optimizers = stage.optimizers(options)
         self.base_lrs = {o: [g["lr"] for g in opt.param_groups] for o, opt in self.optimizers.items()}
         unused = stage.find_unused_parameters or len(stage.objectives) > 1
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
         prepared = self.accelerator.prepare(stage, *self.optimizers.values())
         self.module: nn.Module = prepared[0]
-        self.optimizers = dict(zip(self.optimizers, prepared[1:], strict=True))
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizers = {o: self._without_wrapper(w) for o, w in zip(self.optimizers, prepared[1:], strict=True)}
         try:
             self._resume()
             with self.run.signals() as signals:
                 self._loop(signals)
         finally:
+            self._clear_gradients()
             self.accelerator.free_memory()
+
+    def _without_wrapper(self, optimizer: Any) -> Any:
+        """The torch optimizer where Accelerate's wrapper adds nothing but time: its `step` searches the import path."""
+        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        scaled = self.accelerator.scaler is not None
+        return optimizer if scaled or self.accelerator.distributed_type not in plain else optimizer.optimizer
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _resume(self) -> None:
         found = checkpoint.latest(self.checkpoints)
@@ -201,6 +212,8 @@ class _Trainer:
                     terms = self.module(batch, objective)
                     if shares:
                         terms = {name: value * _share_of(shares[i], name) for name, value in terms.items()}
+                    if i == 0:  # not earlier: gradients that stay keep the heap from shrinking and growing in each step
+                        self._clear_gradients()
                     accelerator.backward(_sum(terms))
                 for name, value in terms.items():
                     value = value.detach()
@@ -210,7 +223,6 @@ class _Trainer:
                     [p for g in optimizer.param_groups for p in g["params"]], self.options.clip_norm
                 )
             optimizer.step()
-            stage.zero_grad(set_to_none=True)  # here, so that the next forward can have the memory
         with torch.no_grad():
             stage.after_step()
         return logged

@@ -187,9 +187,9 @@ class Distill(TrainStage):
 
     def forward(self, batch: Batch, objective: str = "loss") -> dict[str, Tensor]:
         """The weighted terms, by loss."""
-        student = self.student(batch)
         with torch.no_grad():
             teachers = {role: teacher(batch) for role, teacher in self.teachers.items()}
+        student = self.student(batch)
         terms: dict[str, Tensor] = {}
         for item in self.weighted:
             item.loss.progress = self.progress
