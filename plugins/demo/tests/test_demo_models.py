@@ -22,6 +22,7 @@ from kd_demo.options import (
     ShapesOptions,
     TopicsOptions,
     TransformerOptions,
+    ViTOptions,
 )
 from kd_demo.shapes import shapes
 from kd_demo.text import sentences, topics
@@ -34,28 +35,31 @@ DATA = {
     "demo-cnn": lambda: digits(DigitsOptions()),
     "demo-segmenter": lambda: shapes(ShapesOptions(**FEW)),
     "demo-transformer": lambda: topics(TopicsOptions(**FEW)),
+    "demo-vit": lambda: digits(DigitsOptions()),
     "language model": lambda: sentences(SentencesOptions(**FEW)),
 }
 BUILD = {
     "demo-cnn": lambda task, **o: models.cnn(CNNOptions(width=4, **o), task),
     "demo-segmenter": lambda task, **o: models.segmenter(SegmenterOptions(width=4, depth=2, **o), task),
     "demo-transformer": lambda task, **o: models.transformer(TransformerOptions(width=16, heads=2, **o), task),
+    "demo-vit": lambda task, **o: models.vit(ViTOptions(width=16, **o), task),
     "language model": lambda task, **o: models.transformer(TransformerOptions(width=16, heads=2, **o), task),
 }
 SHAPES = {
     "demo-cnn": ((4, 10), (4, 16)),
     "demo-segmenter": ((4, 5, 8, 8), (4, 16, 8, 8)),
     "demo-transformer": ((4, 6), (4, 16)),
+    "demo-vit": ((4, 10), (4, 16)),
     "language model": ((4, "T", 210), (4, "T", 16)),
 }
 README = Path(__file__).parents[1] / "README.md"
 
 
-def made(name):
+def made(name, **options):
     """A model whose batch-norm statistics are no longer the initial ones, in evaluation mode, and a batch."""
     torch.manual_seed(0)
     data = DATA[name]()
-    model, batch = BUILD[name](data.task), data.sample("train", 4)
+    model, batch = BUILD[name](data.task, **options), data.sample("train", 4)
     model(batch)
     return model.eval(), batch, data.task
 
@@ -72,7 +76,9 @@ def test_models_give_logits_and_the_input_of_their_last_layer(name):
     assert model.labels == task.labels
 
 
-@pytest.mark.parametrize(("name", "count"), [("demo-cnn", 3), ("demo-segmenter", 3), ("demo-transformer", 2)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("demo-cnn", 3), ("demo-segmenter", 3), ("demo-transformer", 2), ("demo-vit", 4)]
+)
 def test_stages_are_read_by_taps(name, count):
     model, batch, _ = made(name)
     taps = model.tap("@all")
@@ -116,8 +122,52 @@ def test_a_saved_model_comes_back_through_its_checkpoint_whatever_the_other_opti
     again = {
         "demo-cnn": lambda: models.cnn(CNNOptions(width=7, checkpoint=str(tmp_path)), task),
         "demo-segmenter": lambda: models.segmenter(SegmenterOptions(checkpoint=str(tmp_path)), task),
+        "demo-vit": lambda: models.vit(ViTOptions(patch=3, checkpoint=str(tmp_path)), task),
     }.get(name, lambda: models.transformer(TransformerOptions(checkpoint=str(tmp_path)), task))()
     assert torch.equal(again.eval()(batch).logits, model(batch).logits)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_distilled_vit_gives_the_mean_of_its_heads_and_each_of_them(training):
+    model, batch, _ = made("demo-vit", distilled=True)
+    outputs = model.train(training)(batch)
+    assert outputs.embedding.shape == (4, 16)
+    heads = outputs.extras["cls_logits"], outputs.extras["dist_logits"]
+    torch.testing.assert_close(outputs.logits, (heads[0] + heads[1]) / 2)
+    torch.testing.assert_close(heads[0], model.module.fc(outputs.embedding))
+    assert not torch.allclose(*heads)
+    heads[1].sum().backward()
+    assert model.module.fc_dist.weight.grad is not None
+    assert model.module.fc.weight.grad is None
+
+
+def test_a_saved_distilled_vit_comes_back_with_both_heads(tmp_path):
+    model, batch, task = made("demo-vit", distilled=True)
+    model.save(tmp_path)
+    again = models.vit(ViTOptions(checkpoint=str(tmp_path)), task).module.eval()
+    outputs = model(batch)
+    for net in (nets.load(tmp_path), again):
+        found = net(batch["image"])
+        assert torch.equal(found["logits"], outputs.logits)
+        assert torch.equal(found["embedding"], outputs.embedding)
+        assert all(torch.equal(found["extras"][name], value) for name, value in outputs.extras.items())
+
+
+def test_a_vit_sees_where_a_patch_stands():
+    model, batch, _ = made("demo-vit")
+    moved = batch["image"].roll(2, -1)
+    assert not torch.allclose(model({"image": moved}).logits, model(batch).logits, atol=1e-4)
+
+
+def test_a_vit_reads_images_that_are_not_square():
+    model = models.vit(ViTOptions(), Task("classification", ("a", "b"), image=(3, 6, 10)))
+    assert model({"image": torch.rand(2, 3, 6, 10)}).logits.shape == (2, 2)
+
+
+def test_patches_that_do_not_tile_the_images_are_refused():
+    task = Task("classification", ("a", "b"), image=(1, 8, 6))
+    with pytest.raises(ModelError, match="8x6 pixels cannot be divided into patches of side 4"):
+        models.vit(ViTOptions(patch=4), task)
 
 
 def test_a_copied_model_saves_its_own_weights(tmp_path):
@@ -177,6 +227,13 @@ def test_a_checkpoint_of_other_image_channels_is_refused(tmp_path):
         models.cnn(CNNOptions(checkpoint=str(tmp_path)), Task("classification", task.classes, image=(3, 8, 8)))
 
 
+def test_a_vit_checkpoint_of_another_image_size_is_refused(tmp_path):
+    model, _, task = made("demo-vit")
+    model.save(tmp_path)
+    with pytest.raises(ModelError, match=r"image_size=\[8, 8\], the data asks for \[16, 8\]"):
+        models.vit(ViTOptions(checkpoint=str(tmp_path)), Task("classification", task.classes, image=(1, 16, 8)))
+
+
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
     model, _, task = made("language model")
     model.save(tmp_path)
@@ -214,6 +271,8 @@ def test_models_refuse_tasks_they_are_not_made_for():
         models.cnn(CNNOptions(), DATA["demo-segmenter"]().task)
     with pytest.raises(ModelError, match="names no image shape"):
         models.cnn(CNNOptions(), Task("classification", ("a", "b")))
+    with pytest.raises(ModelError, match="names no image shape"):
+        models.vit(ViTOptions(), Task("classification", ("a", "b")))
     with pytest.raises(ModelError, match="tokenizer"):
         models.transformer(TransformerOptions(), Task("classification", ("a", "b")))
 
@@ -221,6 +280,8 @@ def test_models_refuse_tasks_they_are_not_made_for():
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValidationError, match="width 64 cannot be divided into 5 heads"):
         TransformerOptions(heads=5)
+    with pytest.raises(ValidationError, match="width 48 cannot be divided into 5 heads"):
+        ViTOptions(heads=5)
 
 
 class Alone:
@@ -258,6 +319,7 @@ def test_the_cnn_learns_the_digits_in_a_few_epochs_and_is_the_same_when_loaded_a
 @pytest.mark.parametrize(
     ("data", "student", "metric", "bound"),
     [
+        ("digits", "demo-vit", "val/accuracy", 0.7),
         ({"use": "topics", "train": 600}, {"use": "demo-transformer", "width": 32}, "val/accuracy", 0.5),
         ({"use": "shapes", "train": 200, "val": 50}, {"use": "demo-segmenter", "width": 8}, "val/miou", 0.18),
     ],

@@ -22,6 +22,10 @@ class Columns(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: column[index] for name, column in self.columns.items()}
 
+    def column(self, name: str) -> Sequence[Any] | Tensor:
+        """All values of one column. Raises `KeyError` if there is none."""
+        return self.columns[name]
+
 
 def corrupt(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> Tensor:
     """Labels of any shape, where each is replaced with probability `fraction` by one of the other classes."""

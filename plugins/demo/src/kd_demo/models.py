@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_demo import nets
-from kd_demo.options import CNNOptions, ModelOptions, SegmenterOptions, TransformerOptions
+from kd_demo.options import CNNOptions, ModelOptions, SegmenterOptions, TransformerOptions, ViTOptions
 from kdcore.api import student_folder
 from kdcore.data import Task
 from kdcore.errors import ModelError
@@ -27,14 +27,14 @@ def cnn(options: CNNOptions, task: Task) -> Model:
     """
     _check_kind("demo-cnn", task, POOLED)
     make = functools.partial(nets.CNN, width=options.width, depth=options.depth)
-    return _model("demo-cnn", make, options, task, {"in_channels": _channels("demo-cnn", task)})
+    return _model("demo-cnn", make, options, task, {"in_channels": _image("demo-cnn", task)[0]})
 
 
 def segmenter(options: SegmenterOptions, task: Task) -> Model:
     """The stride-4 segmenter for a task with a class per pixel. Raises `ModelError` as `cnn`."""
     _check_kind("demo-segmenter", task, ("segmentation",))
     make = functools.partial(nets.Segmenter, width=options.width, depth=options.depth)
-    return _model("demo-segmenter", make, options, task, {"in_channels": _channels("demo-segmenter", task)})
+    return _model("demo-segmenter", make, options, task, {"in_channels": _image("demo-segmenter", task)[0]})
 
 
 def transformer(options: TransformerOptions, task: Task) -> Model:
@@ -51,6 +51,23 @@ def transformer(options: TransformerOptions, task: Task) -> Model:
     make = functools.partial(nets.Transformer, **options.model_dump(exclude={"checkpoint"}))
     facts = {"vocabulary": len(task.tokenizer), "pool": task.kind in POOLED, "causal": task.kind == "causal-lm"}
     return _model("demo-transformer", make, options, task, facts)
+
+
+def vit(options: ViTOptions, task: Task) -> Model:
+    """The vision transformer for a task with images.
+
+    Raises:
+        ModelError: as `cnn`, and if the patches do not tile the images.
+    """
+    _check_kind("demo-vit", task, POOLED)
+    channels, height, width = _image("demo-vit", task)
+    if options.checkpoint is None and (height % options.patch or width % options.patch):
+        raise ModelError(
+            f"demo-vit: images of {height}x{width} pixels cannot be divided into patches of side {options.patch}; "
+            "set `patch` to a divisor of both"
+        )
+    make = functools.partial(nets.ViT, **options.model_dump(exclude={"checkpoint"}))
+    return _model("demo-vit", make, options, task, {"in_channels": channels, "image_size": [height, width]})
 
 
 def _model(name: str, make: Callable[..., Any], options: ModelOptions, task: Task, facts: dict[str, Any]) -> Model:
@@ -102,9 +119,7 @@ def _check_kind(name: str, task: Task, kinds: tuple[str, ...]) -> None:
         )
 
 
-def _channels(name: str, task: Task) -> int:
+def _image(name: str, task: Task) -> tuple[int, int, int]:
     if task.image is None:
-        raise ModelError(
-            f"{name} must know the images' channels, but the data's task names no image shape (`Task.image`)"
-        )
-    return task.image[0]
+        raise ModelError(f"{name} must know the images' shape, but the data's task names no image shape (`Task.image`)")
+    return task.image

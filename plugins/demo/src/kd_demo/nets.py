@@ -8,7 +8,8 @@ A folder that a run wrote (`student/`) is a `config.json` and a `model.safetenso
     with torch.no_grad():
         logits = net(torch.rand(1, 1, 8, 8))["logits"]
 
-Every network returns a dict of `logits` and `embedding`, the input of its last linear layer.
+Every network returns a dict of `logits` and `embedding`, the input of its last linear layer. A distilled `ViT` has two
+such layers and adds `extras`, the logits of each.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """`mask` is true where a position may be attended to, `[B, 1, 1, T]`; `None` for a causal model."""
+        """`mask` is true where a position may be attended to, `[B, 1, 1, T]`; `None` for all, or for a causal model."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=self.causal)
@@ -178,6 +179,56 @@ class Transformer(nn.Module):
         return {"logits": self.fc(x), "embedding": x}
 
 
+class ViT(nn.Module):
+    """Small vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) with pre-norm layers, over square patches.
+
+    Args:
+        in_channels, num_classes: of the task.
+        image_size: height and width of the images; `patch` divides both.
+        width, layers, heads, dropout: as usual; `heads` divides `width`.
+        patch: side of a patch in pixels.
+        distilled: whether a distillation token with a head of its own stands beside the class token (DeiT, Touvron et
+            al. 2021, arXiv:2012.12877, section 4).
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, image_size: Sequence[int], width: int, layers: int,
+                 heads: int, dropout: float, patch: int, distilled: bool) -> None:  # fmt: skip
+        super().__init__()
+        self.config = {"in_channels": in_channels, "num_classes": num_classes, "image_size": list(image_size),
+                       "width": width, "layers": layers, "heads": heads, "dropout": dropout, "patch": patch,
+                       "distilled": distilled}  # fmt: skip
+        self.distilled = distilled
+        count = 2 if distilled else 1
+        height, breadth = (side // patch for side in image_size)
+        self.patches = nn.Conv2d(in_channels, width, patch, stride=patch)
+        self.tokens = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, count, width), std=0.02))
+        # As large as the patches' embeddings: with DeiT's 0.02 the digits take several times as many epochs.
+        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, count + height * breadth, width), std=0.5))
+        self.blocks = nn.ModuleList(Layer(width, heads, dropout, causal=False) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, num_classes)
+        if distilled:
+            self.fc_dist = nn.Linear(width, num_classes)
+        self.stages: Sequence[str] = tuple(f"blocks.{i}" for i in range(layers))
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        """`image` `[B, C, H, W]` in [0, 1] to logits `[B, num_classes]` and embedding `[B, width]`, the class token.
+
+        If distilled, the logits are the mean of both heads, and `extras` holds each as `cls_logits` and `dist_logits`.
+        """
+        x = self.patches(2 * image - 1).flatten(2).transpose(1, 2)
+        x = torch.cat([self.tokens.expand(len(x), -1, -1), x], 1) + self.positions
+        for block in self.blocks:
+            x = block(x, None)
+        x = self.norm(x)
+        embedding = x[:, 0]
+        logits = self.fc(embedding)
+        if not self.distilled:
+            return {"logits": logits, "embedding": embedding}
+        extras = {"cls_logits": logits, "dist_logits": self.fc_dist(x[:, 1])}
+        return {"logits": (logits + extras["dist_logits"]) / 2, "embedding": embedding, "extras": extras}
+
+
 def positions(length: int, width: int, device: torch.device) -> Tensor:
     """Sinusoidal positions (Vaswani et al. 2017, section 3.5), sines then cosines, `[T, D]`, each of length one."""
     rates = torch.exp(-math.log(10_000) * torch.arange((width + 1) // 2, device=device) / ((width + 1) // 2))
@@ -185,15 +236,18 @@ def positions(length: int, width: int, device: torch.device) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)[:, :width] * math.sqrt(2 / width)
 
 
-ARCHITECTURES: dict[str, type[CNN] | type[Segmenter] | type[Transformer]] = {
+Network = CNN | Segmenter | Transformer | ViT
+
+ARCHITECTURES: dict[str, type[Network]] = {
     "demo-cnn": CNN,
     "demo-segmenter": Segmenter,
     "demo-transformer": Transformer,
+    "demo-vit": ViT,
 }
 """Networks by the name of their component, which is also the `architecture` of a `config.json`."""
 
 
-def save(net: CNN | Segmenter | Transformer, facts: dict[str, Any], folder: Path) -> None:
+def save(net: Network, facts: dict[str, Any], folder: Path) -> None:
     """Write `config.json` (architecture, its arguments and any further facts) and `model.safetensors` into a folder."""
     from safetensors.torch import save_model
 
@@ -202,7 +256,7 @@ def save(net: CNN | Segmenter | Transformer, facts: dict[str, Any], folder: Path
     save_model(net, str(folder / WEIGHTS))
 
 
-def load(folder: str | Path) -> CNN | Segmenter | Transformer:
+def load(folder: str | Path) -> Network:
     """The network that `save` wrote into a folder, in evaluation mode.
 
     Raises:

@@ -103,6 +103,15 @@ class TransformerOptions(ModelOptions):
         return self
 
 
+class ViTOptions(TransformerOptions):
+    """A vision transformer."""
+
+    width: int = Field(48, gt=0, description="size of the hidden states")
+    layers: int = Field(4, gt=0, description="transformer layers")
+    patch: int = Field(2, gt=0, description="side of a patch in pixels; it divides the images' height and width")
+    distilled: bool = Field(False, description="add a distillation token with a head of its own, as DeiT does")
+
+
 class QuickstartOptions(Options):
     """The comparison of a student alone with the same student distilled."""
 

@@ -39,6 +39,7 @@ def _models(kind: Kind) -> list[Component]:
         _component(kind, "demo-cnn", "models:cnn", "CNN", "small residual image classifier", _IMAGE),
         _component(kind, "demo-segmenter", "models:segmenter", "Segmenter", "small segmenter of stride 4", _PIXELS),
         _component(kind, "demo-transformer", "models:transformer", "Transformer", "small transformer for text", text),
+        _component(kind, "demo-vit", "models:vit", "ViT", "small vision transformer", _IMAGE),
     ]
 
 
