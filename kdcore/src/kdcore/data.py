@@ -139,6 +139,23 @@ class DataModule:
         split = self[name]
         return None if isinstance(split, IterableDataset) or not hasattr(split, "__len__") else len(split)
 
+    def labels(self, name: str) -> Tensor:
+        """The `label` of every sample of a split, `[N]`; read from the column by itself where the data set can give
+        one (`column(name)`), or else from all samples.
+
+        Raises:
+            DataError: for a stream, or samples without labels.
+        """
+        split, size = self[name], self.size(name)
+        if size is None:
+            raise DataError(f"the split {name!r} is a stream: its labels are not known beforehand")
+        try:
+            read = getattr(split, "column", None)
+            found = read("label") if read else [_named(split[i], self.keys)["label"] for i in range(size)]
+        except KeyError:
+            raise DataError(f"the samples of split {name!r} have no label") from None
+        return found if isinstance(found, Tensor) else torch.stack([torch.as_tensor(value) for value in found])
+
     def steps_per_epoch(self, name: str, batch_size: int) -> int | None:
         """Whole batches in a split, at least one; `None` for a stream. What is left over waits for another epoch."""
         size = self.size(name)
@@ -223,7 +240,7 @@ class _Keyed(Dataset[dict[str, Any]]):
         return self.finish(self.split[index], epoch, index)
 
     def finish(self, sample: Any, epoch: int, index: int) -> dict[str, Any]:
-        sample = dict(sample) if isinstance(sample, Mapping) else dict(zip(self.keys, sample, strict=False))
+        sample = _named(sample, self.keys)
         if self.augment is not None:
             with seeded(derive_seed(self.seed, epoch, index)):
                 sample = self.augment(sample)
@@ -281,6 +298,10 @@ class _Stream(IterableDataset[Batch]):
         for part, parts in self.shares:
             if share := _share(group, part, parts):
                 yield self.collate([self.keyed.finish(sample, epoch, i) for i, sample in share])
+
+
+def _named(sample: Any, keys: Sequence[str]) -> dict[str, Any]:
+    return dict(sample) if isinstance(sample, Mapping) else dict(zip(keys, sample, strict=False))
 
 
 def _groups(split: Any, size: int) -> Iterator[list[tuple[int, Any]]]:

@@ -41,6 +41,7 @@ def train(run: Run, stage: TrainStage, workspace: Path) -> None:
 def prepare(run: Run, stage: TrainStage) -> None:
     """Put a stage and its frozen models on the device and make its lazy adapters, without touching any random state."""
     stage.to(run.device)
+    stage.setup(run.data)
     for model in stage.frozen.values():
         model.to(run.device).eval()
     batches = {name: to_device(run.data.sample(name), run.device) for name in stage.splits}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcore.data import IGNORE, TARGET_KEYS, Task
+from kdcore.data import IGNORE, TARGET_KEYS, DataModule, Task
 from kdcore.models import Batch, Outputs, Source
 
 
@@ -32,7 +32,8 @@ class Loss(nn.Module):
     the saved student.
 
     Attributes:
-        needs: signals by role, such as `{"student": ("logits",), "teacher": ("logits", "features")}`.
+        needs: signals by role, such as `{"student": ("logits",), "teacher": ("logits", "features")}`. With the key
+            `teachers` instead of `teacher`, the loss is given all of them: a dict of outputs by role.
         taps: tap patterns by role; `bind` turns them into names.
         relational: whether the loss relates the samples of a batch to each other. Its inputs are then gathered from
             all processes, with gradient.
@@ -50,8 +51,8 @@ class Loss(nn.Module):
         self.taps: dict[str, list[str]] = {}
         self.names: dict[str, list[str]] = {}
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """The value for one batch."""
+    def forward(self, student: Outputs, teacher: Any, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """The value for one batch. `teacher` holds the outputs of one, or by role if `needs` says `teachers`."""
         raise TypeError(f"{type(self).__name__} does not implement forward(student, teacher, batch)")
 
     def bind(self, student: Source, teacher: Source | None) -> None:
@@ -59,6 +60,10 @@ class Loss(nn.Module):
         for role, model in (("student", student), ("teacher", teacher)):
             if self.taps.get(role) and model is not None:
                 self.names[role] = model.tap(*self.taps[role])
+
+    def setup(self, data: DataModule, split: str) -> None:
+        """Called before the first `forward` with the data that the stage draws from, for a loss that must know its
+        size or its labels."""
 
     def count(self, batch: Batch) -> Tensor:
         """How many units the value is a mean over, as a scalar tensor: what the means of several micro-batches and

@@ -134,9 +134,10 @@ class Model(nn.Module):
     def tap(self, *patterns: str) -> list[str]:
         """Read the activations of the modules that match; returns the tap names, to be found in `Outputs.features`.
 
-        A pattern is a module name with `*` and `?` wildcards (`layer3`, `blocks.*.attn`), or a stage: `@0` is the
-        first, `@-1` the last, `@all` all of them. The suffix `:input` reads what goes into the module instead, such
-        as the activation before a ReLU. In-place activations are switched off, or they would change what was read.
+        A pattern is a module name with `*` and `?` wildcards (`layer3`, `blocks.*.attn`), a stage (`@0` is the first,
+        `@-1` the last, `@all` all of them), or `@head`, the layer that makes the logits. The suffix `:input` reads
+        what goes into the module instead, `:pre` what goes into the activation that the module ends with (what comes
+        out, if it ends with none). In-place activations are switched off, or they would change what was read.
 
         Raises:
             ModelError: if a pattern matches nothing; near matches are listed.
@@ -155,9 +156,11 @@ class Model(nn.Module):
 
     def _matches(self, pattern: str) -> list[str]:
         path, colon, end = pattern.partition(":")
-        if colon and end not in ("input", "output"):
-            raise ModelError(f"tap {pattern!r}: after the colon comes 'input' or 'output', not {end!r}")
-        suffix = ":input" if end == "input" else ""
+        if colon and end not in ("input", "output", "pre"):
+            raise ModelError(f"tap {pattern!r}: after the colon comes 'input', 'output' or 'pre', not {end!r}")
+        suffix = f":{end}" if end in ("input", "pre") else ""
+        if path == "@head":
+            return [self.head[0] + suffix]
         if stage := re.fullmatch(r"@(all|-?\d+)", path):
             return [name + suffix for name in self._stage_names(pattern, stage[1])]
         names = [name for name, _ in self.module.named_modules() if name]
@@ -180,12 +183,42 @@ class Model(nn.Module):
             raise ModelError(f"tap {pattern!r}: the model has {len(self.stages)} stages: "
                              f"{', '.join(self.stages)}") from None  # fmt: skip
 
+    @property
+    def head(self) -> tuple[str, nn.Module]:
+        """Name and module of the layer that makes the logits: the last linear layer, or 1x1 convolution, with as many
+        outputs as there are classes (of any width, where their number is not known).
+
+        Raises:
+            ModelError: if there is none.
+        """
+        wide = self.labels.count
+        for name, module in reversed(list(self.module.named_modules())):
+            size = getattr(module, "out_features", None) or (
+                module.out_channels if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) else None
+            )
+            if size and wide in (None, size):
+                return name, module
+        raise ModelError(f"{type(self.module).__name__} has no linear layer that makes {wide} logits")
+
     def _hook(self, name: str) -> torch.utils.hooks.RemovableHandle:
-        module = self.module.get_submodule(name.removesuffix(":input"))
+        path, _, end = name.partition(":")
+        module = self.module.get_submodule(path)
         catch = functools.partial(self._catch, name)  # bound, so that a deep copy of the model catches its own
-        if name.endswith(":input"):
+        if end == "input":
             return module.register_forward_pre_hook(catch)
+        if end == "pre":
+            for part in module.modules():
+                if not list(part.children()) and type(part).__module__.endswith((".activation", ".activations")):
+                    part.register_forward_hook(functools.partial(self._remember, name))
+            return module.register_forward_hook(functools.partial(self._catch_before_activation, name))
         return module.register_forward_hook(catch)
+
+    def _remember(self, name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._caught[name] = (inputs[0], output)
+
+    def _catch_before_activation(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        before, after = self._caught.get(name, (None, None))
+        self._caught[name] = before if after is output else _first(output)
 
     def _catch(self, name: str, _module: nn.Module, *values: Any) -> None:
         self._caught[name] = _first(values[-1])
@@ -241,7 +274,7 @@ def as_outputs(value: Any) -> Outputs:
     if isinstance(value, Tensor):
         return Outputs(logits=value)
     if isinstance(value, Mapping) and "logits" in value:
-        return Outputs(logits=value["logits"], embedding=value.get("embedding"))
+        return Outputs(value["logits"], value.get("embedding"), extras=value.get("extras") or {})
     if hasattr(value, "logits"):
         return Outputs(logits=value.logits, embedding=getattr(value, "embedding", None))
     if isinstance(value, tuple) and value and isinstance(value[0], Tensor):

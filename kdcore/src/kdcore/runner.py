@@ -269,7 +269,7 @@ class Run:
 
     def _finish(self) -> Result:
         students = {role: cast(Model, m) for role, m in self.models.items() if role in self._student_roles()}
-        result = Result(self.path, rows=self.rows, student=next(iter(students.values()), None))
+        result = Result(self.path, rows=self.rows, student=students.get("student", next(iter(students.values()), None)))
         if result.student is not None:
             result.metrics = self._final_metrics(result.student)
         if self.folder:
@@ -342,7 +342,7 @@ def check_roles(method: Method, recipe: Recipe, given: Mapping[str, Any]) -> Non
             if role not in named:
                 raise RecipeError(f"method {name!r} needs a {kind} with the role {role!r} (`{kind}s.{role}:`); "
                                   f"the recipe names: {', '.join(named) or f'no {kind}'}")  # fmt: skip
-    if recipe.losses and not method.roles.losses:
+    if recipe.losses and method.roles.losses is False:
         raise RecipeError(f"method {name!r} has losses of its own and takes no `losses:` list")
     if method.roles.losses and not recipe.losses:
         raise RecipeError(

@@ -13,7 +13,7 @@ import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdcore.data import Task
+from kdcore.data import DataModule, Task
 from kdcore.errors import ModelError, RecipeError
 from kdcore.losses import Loss, Progress, TaskLoss, Weighted, named_terms
 from kdcore.metrics import Metrics
@@ -119,6 +119,9 @@ class TrainStage(nn.Module, Stage):
             raise TypeError(f"{type(self).__name__} has several objectives and must implement optimizers(train)")
         return {self.objectives[0]: make_optimizer(self.parameters(), train.optimizer)}
 
+    def setup(self, data: DataModule) -> None:
+        """Called with the data before `prepare`, for a stage that must know more of it than a batch."""
+
     def prepare(self, batch: Batch) -> None:
         """One forward per objective on a sample batch, so that lazy adapters exist before the optimizers do."""
         for objective in self.objectives:
@@ -175,15 +178,27 @@ class Distill(TrainStage):
         for item in self.weighted:
             self._bind(item)
 
+    def setup(self, data: DataModule) -> None:
+        """Hand the data to the losses."""
+        for item in self.weighted:
+            item.loss.setup(data, self.splits[0])
+
     def _bind(self, item: Weighted) -> None:
         teacher = self.teachers.get(item.teacher)
         needs = item.loss.needs
+        if needs.get("teachers") and not self.teachers:
+            raise ModelError(f"loss {item.name!r} needs teachers, and the recipe names none (`teachers:`)")
         if needs.get("teacher") and teacher is None:
             raise ModelError(f"loss {item.name!r} needs a teacher with the role {item.teacher!r}; "
                              f"the recipe names: {', '.join(self.teachers) or 'none'}")  # fmt: skip
-        if teacher is not None and _both_logits(item.loss):
-            check_pair(teacher.labels, self.student.labels, (item.teacher, "student"))
+        for role in self._roles(item):
+            if _both_logits(item.loss):
+                check_pair(self.teachers[role].labels, self.student.labels, (role, "student"))
         item.loss.bind(self.student, teacher)
+
+    def _roles(self, item: Weighted) -> list[str]:
+        """The teachers whose outputs a loss is given."""
+        return list(self.teachers) if "teachers" in item.loss.needs else [r for r in self.teachers if r == item.teacher]
 
     def forward(self, batch: Batch, objective: str = "loss") -> dict[str, Tensor]:
         """The weighted terms, by loss."""
@@ -193,7 +208,8 @@ class Distill(TrainStage):
         terms: dict[str, Tensor] = {}
         for item in self.weighted:
             item.loss.progress = self.progress
-            inputs = (student, teachers.get(item.teacher, Outputs()), batch)
+            theirs = teachers if "teachers" in item.loss.needs else teachers.get(item.teacher, Outputs())
+            inputs = (student, theirs, batch)
             if item.loss.relational and _world_size() > 1:
                 inputs = map_tensors(inputs, gather_with_grad)
             factor = item.factor(self.progress)
@@ -209,20 +225,11 @@ class Distill(TrainStage):
         """Check that every source gives the signals its losses need, then make the adapters."""
         given = {"student": self.student(batch), **{role: t(batch) for role, t in self.teachers.items()}}
         for item in self.weighted:
-            if item.teacher in given and _both_logits(item.loss):
-                check_pair(
-                    Labels(_classes(given[item.teacher])), Labels(_classes(given["student"])), (item.teacher, "student")
-                )
+            for role in self._roles(item) if _both_logits(item.loss) else ():
+                check_pair(Labels(_classes(given[role])), Labels(_classes(given["student"])), (role, "student"))
             for side, signals in item.loss.needs.items():
-                role = item.teacher if side == "teacher" else side
-                for signal in signals:
-                    value = getattr(given[role], signal)
-                    if value is None or (signal == "features" and not value):
-                        has = [
-                            s for s in ("logits", "embedding", "features") if getattr(given[role], s) not in (None, {})
-                        ]
-                        raise ModelError(f"loss {item.name!r} needs the {role}'s {signal}, which it does not give "
-                                         f"(it gives: {', '.join(has) or 'nothing'})")  # fmt: skip
+                for role in [side] if side == "student" else self._roles(item):
+                    _check_signals(item.name, role, given[role], signals)
         super().prepare(batch)
 
     def evaluate(self, batch: Batch) -> Outputs:
@@ -246,13 +253,13 @@ class Roles:
     Args:
         teachers, students: roles; `None` for any.
         splits: splits that the data must have.
-        losses: whether the recipe's `losses:` list is used.
+        losses: whether the recipe must give a `losses:` list; `None` if it may.
     """
 
     teachers: tuple[str, ...] | None = ("teacher",)
     students: tuple[str, ...] | None = ("student",)
     splits: tuple[str, ...] = ("train",)
-    losses: bool = False
+    losses: bool | None = False
 
 
 class Method:
@@ -306,7 +313,16 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
 
 def _both_logits(loss: Loss) -> bool:
     """Whether a loss compares logits of student and teacher class by class."""
-    return loss.same_labels and all("logits" in loss.needs.get(side, ()) for side in ("student", "teacher"))
+    theirs = (*loss.needs.get("teacher", ()), *loss.needs.get("teachers", ()))
+    return loss.same_labels and "logits" in loss.needs.get("student", ()) and "logits" in theirs
+
+
+def _check_signals(loss: str, role: str, given: Outputs, signals: Sequence[str]) -> None:
+    for signal in signals:
+        if getattr(given, signal) in (None, {}):
+            has = [s for s in ("logits", "embedding", "features") if getattr(given, s) not in (None, {})]
+            raise ModelError(f"loss {loss!r} needs the {role}'s {signal}, which it does not give "
+                             f"(it gives: {', '.join(has) or 'nothing'})")  # fmt: skip
 
 
 def _classes(outputs: Outputs) -> int | None:
