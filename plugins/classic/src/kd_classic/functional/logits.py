@@ -1,8 +1,7 @@
-"""Distillation losses as pure functions: tensors in, a scalar (or one value per sample) out.
+"""Losses on logits.
 
 Layout of logits: ``[B, C]`` for classification, ``[B, T, V]`` for sequences, ``[B, C, H, W]`` for dense prediction.
-Positions of the last two are treated as samples of one large batch. The teacher's side never receives a gradient,
-and float16 or bfloat16 inputs are computed in float32.
+Positions of the last two are treated as samples of one large batch.
 """
 
 from collections.abc import Sequence
@@ -62,10 +61,10 @@ def cross_entropy(
     Raises:
         ValueError: if the shapes do not fit or `reduction` is unknown.
     """
-    rows, labels = flatten_positions(_at_least_float32(logits), target)
+    rows, labels = flatten_positions(at_least_float32(logits), target)
     assert labels is not None
     values = F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
-    return _reduce(values, labels != ignore_index, target.shape, reduction)
+    return reduce_positions(values, labels != ignore_index, target.shape, reduction)
 
 
 def kd(
@@ -97,15 +96,15 @@ def kd(
     Raises:
         ValueError: if shapes or class counts differ, T <= 0 or `reduction` is unknown.
     """
-    student, teacher = _soften(student_logits, teacher_logits, temperature, standardize)
+    student, teacher = soften(student_logits, teacher_logits, temperature, standardize)
     student_rows, labels = flatten_positions(student, target)
     teacher_rows, _ = flatten_positions(teacher)
-    values = temperature**2 * _kl(F.log_softmax(teacher_rows, dim=1), F.log_softmax(student_rows, dim=1))
+    values = temperature**2 * kl(F.log_softmax(teacher_rows, dim=1), F.log_softmax(student_rows, dim=1))
     if reduction == "mean":
         values = values / student_rows.shape[1]
     valid = None if labels is None else labels != ignore_index
     shape = _position_shape(student_logits)
-    return _reduce(values, valid, shape, "mean" if reduction == "batchmean" else reduction)
+    return reduce_positions(values, valid, shape, "mean" if reduction == "batchmean" else reduction)
 
 
 def logit_standardize(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
@@ -125,7 +124,7 @@ def logit_standardize(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
     classes = 1 if logits.ndim == 4 else logits.ndim - 1
     if logits.shape[classes] < 2:
         raise ValueError("logit standardisation needs at least two classes, because it divides by their deviation")
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     centred = logits - logits.mean(dim=classes, keepdim=True)
     variance = centred.square().sum(dim=classes, keepdim=True) / (logits.shape[classes] - 1)
     # The square root has an infinite slope at 0, so constant rows take a path around it.
@@ -166,7 +165,7 @@ def dkd(
     Raises:
         ValueError: if shapes or class counts differ, there is one class, T <= 0 or `reduction` is unknown.
     """
-    student, teacher = _soften(student_logits, teacher_logits, temperature, standardize)
+    student, teacher = soften(student_logits, teacher_logits, temperature, standardize)
     student_rows, labels = flatten_positions(student, target)
     teacher_rows, _ = flatten_positions(teacher)
     assert labels is not None
@@ -176,8 +175,8 @@ def dkd(
     is_target = F.one_hot(labels.where(valid, 0), student_rows.shape[1]).bool()
     student_split, student_others = _decouple(student_rows, is_target)
     teacher_split, teacher_others = _decouple(teacher_rows, is_target)
-    values = alpha * _kl(teacher_split, student_split) + beta * _kl(teacher_others, student_others)
-    return _reduce(temperature**2 * values, valid, target.shape, reduction)
+    values = alpha * kl(teacher_split, student_split) + beta * kl(teacher_others, student_others)
+    return reduce_positions(temperature**2 * values, valid, target.shape, reduction)
 
 
 def dist(
@@ -187,6 +186,7 @@ def dist(
     beta: float = 1.0,
     gamma: float = 1.0,
     tau: float = 1.0,
+    standardize: bool = False,
     eps: float = 1e-8,
 ) -> Tensor:
     """Correlation of predictions instead of their divergence, ``tau^2 * (beta * inter + gamma * intra)``.
@@ -203,12 +203,13 @@ def dist(
         beta: weight of the inter-class term.
         gamma: weight of the intra-class term.
         tau: temperature of both softmaxes, > 0.
+        standardize: apply `logit_standardize` to both sides first.
         eps: added to the product of the norms.
 
     Raises:
         ValueError: if shapes or class counts differ or tau <= 0.
     """
-    student, teacher = _soften(student_logits, teacher_logits, tau, standardize=False)
+    student, teacher = soften(student_logits, teacher_logits, tau, standardize)
     student_probs = flatten_positions(student)[0].softmax(dim=1)
     teacher_probs = flatten_positions(teacher)[0].softmax(dim=1)
     inter = 1 - _pearson(student_probs, teacher_probs, eps).mean()
@@ -216,102 +217,235 @@ def dist(
     return tau**2 * (beta * inter + gamma * intra)
 
 
-def fitnet(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Hint loss: mean squared error over every element of two feature tensors of one shape.
-
-    Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", equation 3 (arXiv 1412.6550), with the mean in
-    place of half the sum. Bring the student to the teacher's shape first, with `kd_classic.modules.Regressor`.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if student_features.shape != teacher_features.shape:
-        raise ValueError(
-            f"student features {list(student_features.shape)} and teacher features {list(teacher_features.shape)} "
-            "differ in shape; pass the student's through a Regressor first"
-        )
-    return F.mse_loss(_at_least_float32(student_features), _at_least_float32(teacher_features.detach()))
-
-
-def attention_map(features: Tensor, *, p: int = 2) -> Tensor:
-    """Where a convolutional layer looks: ``mean_channels(F^p)``, flattened and scaled to unit length.
-
-    Source: Zagoruyko and Komodakis 2017, "Paying More Attention to Attention", section 3.1 (arXiv 1612.03928). The
-    sum over channels of the paper gives the same map, because the length is normalised away.
-
-    Args:
-        features: ``[B, Ch, H, W]``.
-        p: power, 2 in the paper's experiments.
-
-    Returns:
-        ``[B, H * W]``.
-
-    Raises:
-        ValueError: if `features` is not four-dimensional.
-    """
-    if features.ndim != 4:
-        raise ValueError(f"attention transfer needs features [B, Ch, H, W], but they have shape {list(features.shape)}")
-    return F.normalize(_at_least_float32(features).pow(p).mean(dim=1).flatten(1), dim=1)
-
-
-def at(
-    student_features: Tensor | Sequence[Tensor],
-    teacher_features: Tensor | Sequence[Tensor],
+def wsld(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
     *,
-    mode: Literal["code", "paper"] = "code",
-    p: int = 2,
+    alpha: float = 2.5,
+    temperature: float = 2.0,
+    standardize: bool = False,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """Attention transfer, summed over the given layers.
+    """Weighted soft labels, the whole objective: ``CE + alpha * T^2 * mean(w * H(p_t, p_s))``.
 
-    ``mode="code"`` is the mean over batch and positions of the squared difference of attention maps, as in the
-    authors' and most later code; ``mode="paper"`` is the length of a sample's difference, averaged over the batch
-    (arXiv 1612.03928, equation 2). The two differ by orders of magnitude. The larger map of a pair is average-pooled
-    to the smaller one.
+    ``H`` is the cross-entropy with the teacher's softened probabilities. A sample's weight
+    ``w = 1 - exp(-CE_s / CE_t)`` is near 1 where the student is wrong and the teacher right; no gradient flows
+    through it. Source: Zhou et al. 2021, "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
+    Perspective", equation 11 (arXiv 2102.00650).
 
     Args:
-        student_features: one ``[B, Ch, H, W]`` or one per layer.
-        teacher_features: as many; channels may differ from the student's.
-        mode: ``"code"`` or ``"paper"``.
-        p: power of the attention map.
+        student_logits: ``[B, C]``, ``[B, T, V]`` or ``[B, C, H, W]``.
+        teacher_logits: the same shape.
+        target: class indices ``[B]``, ``[B, T]`` or ``[B, H, W]``.
+        alpha: weight of the soft part.
+        temperature: T > 0.
+        standardize: apply `logit_standardize` to both sides of the soft part first.
+        ignore_index: label of positions that do not count.
 
     Raises:
-        ValueError: if the numbers of layers differ, a tensor is not four-dimensional or `mode` is unknown.
+        ValueError: if shapes or class counts differ or T <= 0.
     """
-    if mode not in ("code", "paper"):
-        raise ValueError(f"mode must be 'code' or 'paper', not {mode!r}")
-    students = [student_features] if isinstance(student_features, Tensor) else list(student_features)
-    teachers = [teacher_features] if isinstance(teacher_features, Tensor) else list(teacher_features)
-    if len(students) != len(teachers) or not students:
-        raise ValueError(
-            f"attention transfer pairs layers, but got {len(students)} of student, {len(teachers)} of teacher"
-        )
-    losses = []
-    for student, teacher in zip(students, teachers, strict=True):
-        difference = _attention_difference(student, teacher.detach(), p)
-        per_sample = torch.linalg.vector_norm(difference, dim=1) if mode == "paper" else difference.square().mean(dim=1)
-        losses.append(per_sample.mean())
-    return torch.stack(losses).sum()
+    student, teacher = soften(student_logits, teacher_logits, temperature, standardize)
+    soft_student, soft_teacher = flatten_positions(student)[0], flatten_positions(teacher)[0]
+    student_rows, labels = flatten_positions(at_least_float32(student_logits), target)
+    teacher_rows, _ = flatten_positions(at_least_float32(teacher_logits.detach()))
+    assert labels is not None
+    hard = F.cross_entropy(student_rows, labels, ignore_index=ignore_index, reduction="none")
+    with torch.no_grad():
+        theirs = F.cross_entropy(teacher_rows, labels, ignore_index=ignore_index, reduction="none")
+        weight = 1 - torch.exp(-hard / (theirs + 1e-7))
+    soft = F.cross_entropy(soft_student, soft_teacher.softmax(dim=1), reduction="none")
+    values = hard + alpha * temperature**2 * weight * soft
+    return reduce_positions(values, labels != ignore_index, target.shape, "mean")
 
 
-def _attention_difference(student: Tensor, teacher: Tensor, p: int) -> Tensor:
-    """Difference ``[B, H * W]`` of two attention maps at the resolution of the smaller one."""
-    (height, width), (teacher_height, teacher_width) = student.shape[-2:], teacher.shape[-2:]
-    if height * width > teacher_height * teacher_width:
-        student = F.adaptive_avg_pool2d(student, (teacher_height, teacher_width))
-    elif (height, width) != (teacher_height, teacher_width):
-        teacher = F.adaptive_avg_pool2d(teacher, (height, width))
-    return attention_map(student, p=p) - attention_map(teacher, p=p)
+def lsr(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    """Label smoothing as the cross-entropy with a made-up teacher: ``H(p_d, softmax(z))``.
+
+    ``p_d`` is ``1 - alpha`` at the label and ``alpha / (C - 1)`` elsewhere, which is not how
+    ``torch.nn.functional.cross_entropy`` smooths. Source: Yuan et al. 2020, "Revisiting Knowledge Distillation via
+    Label Smoothing Regularization", section 3 (arXiv 1909.11723), as in the authors' code.
+
+    Args:
+        logits: ``[B, C]``, ``[B, T, V]`` or ``[B, C, H, W]`` with at least two classes.
+        target: class indices ``[B]``, ``[B, T]`` or ``[B, H, W]``.
+        alpha: mass off the label, in [0, 1).
+        ignore_index: label of positions that do not count.
+        reduction: ``"mean"`` over valid positions, or ``"none"`` for values shaped like `target`.
+
+    Raises:
+        ValueError: if shapes do not fit or there is one class.
+    """
+    rows, labels = flatten_positions(at_least_float32(logits), target)
+    assert labels is not None
+    valid = labels != ignore_index
+    teacher = _virtual_teacher(rows, labels.where(valid, 0), 1 - alpha)
+    values = F.cross_entropy(rows, teacher, reduction="none")
+    return reduce_positions(values, valid, target.shape, reduction)
 
 
-def _soften(student: Tensor, teacher: Tensor, temperature: float, standardize: bool) -> tuple[Tensor, Tensor]:
+def tfkd_reg(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.1,
+    temperature: float = 20.0,
+    multiplier: float = 100.0,
+    correct_prob: float = 0.99,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """Distillation without a teacher, the whole objective: ``(1 - alpha) CE + alpha * multiplier * KL``.
+
+    The virtual teacher believes in the label with `correct_prob`. As in the authors' code its *probabilities* go
+    through a softmax at temperature T, the student's logits are not tempered, and KL is a mean over samples and
+    classes. Source: Yuan et al. 2020, equations 10 and 11 (arXiv 1909.11723).
+
+    Args:
+        logits: ``[B, C]``, ``[B, T, V]`` or ``[B, C, H, W]`` with at least two classes.
+        target: class indices ``[B]``, ``[B, T]`` or ``[B, H, W]``.
+        alpha: share of the virtual teacher, in [0, 1].
+        temperature: T > 0 of the virtual teacher.
+        multiplier: factor of the divergence; 100 for ResNet18 (alpha 0.1, T 20), 1 for MobileNetV2 (0.95, 40).
+        correct_prob: the virtual teacher's belief in the label.
+        ignore_index: label of positions that do not count.
+
+    Raises:
+        ValueError: if shapes do not fit, there is one class or T <= 0.
+    """
+    check_temperature(temperature)
+    rows, labels = flatten_positions(at_least_float32(logits), target)
+    assert labels is not None
+    valid = labels != ignore_index
+    teacher = (_virtual_teacher(rows, labels.where(valid, 0), correct_prob) / temperature).softmax(dim=1)
+    hard = F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction="none")
+    soft = F.kl_div(F.log_softmax(rows, dim=1), teacher, reduction="none").mean(dim=1)
+    return reduce_positions((1 - alpha) * hard + alpha * multiplier * soft, valid, target.shape, "mean")
+
+
+def deit(
+    class_logits: Tensor,
+    distillation_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    kind: Literal["hard", "soft"] = "hard",
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    standardize: bool = False,
+) -> Tensor:
+    """The objective of DeiT's two tokens: ``(1 - alpha) CE(z_cls, y) + alpha * D(z_dist, z_t)``.
+
+    Hard: ``D`` is the cross-entropy with the teacher's decision. Soft: ``D = T^2 KL``, divided by the number of all
+    elements as in the authors' code. Source: Touvron et al. 2021, "Training data-efficient image transformers &
+    distillation through attention", equations 2 and 3 (arXiv 2012.12877).
+
+    Args:
+        class_logits: ``[B, C]`` of the class token.
+        distillation_logits: ``[B, C]`` of the distillation token.
+        teacher_logits: ``[B, C]``.
+        target: class indices ``[B]`` (-100 is ignored), or probabilities ``[B, C]`` under mixup.
+        kind: ``"hard"`` or ``"soft"``.
+        alpha: share of the teacher, in [0, 1].
+        temperature: T > 0 of the soft kind.
+        standardize: apply `logit_standardize` to both sides of the soft kind first.
+
+    Raises:
+        ValueError: if shapes or class counts differ, T <= 0 or `kind` is unknown.
+    """
+    if kind not in ("hard", "soft"):
+        raise ValueError(f"kind must be 'hard' or 'soft', not {kind!r}")
+    if target.is_floating_point():
+        base = F.cross_entropy(at_least_float32(class_logits), target)
+    else:
+        base = cross_entropy(class_logits, target)
+    if kind == "soft":
+        taught = kd(distillation_logits, teacher_logits, temperature=temperature, standardize=standardize,
+                    reduction="mean")  # fmt: skip
+    else:
+        _check_same_classes(distillation_logits, teacher_logits)
+        taught = F.cross_entropy(at_least_float32(distillation_logits), teacher_logits.argmax(dim=1))
+    return (1 - alpha) * base + alpha * taught
+
+
+def byot(
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor],
+    target: Tensor,
+    *,
+    temperature: float = 3.0,
+    alpha: float = 0.1,
+    beta: float = 1e-6,
+    standardize: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """Self-distillation from the deepest exit into the shallower ones, the whole objective.
+
+    ``(1 - alpha) sum CE(z_i, y) + alpha T^2 sum H(p_last, p_i) + beta sum |f_i - f_last|^2``, where the last sum runs
+    over the whole batch and over elements that are positive on either side. Nothing flows back into what the deepest
+    exit teaches. Source: Zhang et al. 2019, "Be Your Own Teacher", equation 4 (arXiv 1905.08094), in the form of the
+    usual implementation.
+
+    Args:
+        logits: ``[B, C]`` of each exit, the deepest last.
+        features: of each exit, all of one shape, the deepest last.
+        target: class indices ``[B]``.
+        temperature: T > 0.
+        alpha: share of the deepest exit's soft labels.
+        beta: weight of the features.
+        standardize: apply `logit_standardize` to what the soft labels compare first.
+        ignore_index: label of samples that do not count for the cross-entropy.
+
+    Raises:
+        ValueError: if there are fewer than two exits, shapes differ or T <= 0.
+    """
+    if len(logits) < 2 or len(logits) != len(features):
+        raise ValueError(f"byot needs two exits or more, each with features; got {len(logits)} and {len(features)}")
+    hard = torch.stack([cross_entropy(z, target, ignore_index=ignore_index) for z in logits]).sum()
+    soft = torch.zeros_like(hard)
+    hints = torch.zeros_like(hard)
+    deepest = at_least_float32(features[-1].detach())
+    for exit_logits, exit_features in zip(logits[:-1], features[:-1], strict=True):
+        student, teacher = soften(exit_logits, logits[-1], temperature, standardize)
+        soft = soft + temperature**2 * F.cross_entropy(student, teacher.softmax(dim=1))
+        if exit_features.shape != deepest.shape:
+            raise ValueError(f"the features of the exits differ in shape: {list(exit_features.shape)} and "
+                             f"{list(deepest.shape)}")  # fmt: skip
+        active = (exit_features > 0) | (deepest > 0)
+        hints = hints + ((at_least_float32(exit_features) - deepest).square() * active).sum()
+    return (1 - alpha) * hard + alpha * soft + beta * hints
+
+
+def soften(student: Tensor, teacher: Tensor, temperature: float, standardize: bool) -> tuple[Tensor, Tensor]:
     """Check a pair of logits, detach the teacher's and divide both by the temperature."""
-    if temperature <= 0:
-        raise ValueError(f"the temperature must be positive, not {temperature}")
+    check_temperature(temperature)
     _check_same_classes(student, teacher)
-    student, teacher = _at_least_float32(student), _at_least_float32(teacher.detach())
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     if standardize:
         student, teacher = logit_standardize(student), logit_standardize(teacher)
     return student / temperature, teacher / temperature
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not positive, NaN included."""
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be positive, not {temperature}")
+
+
+def _virtual_teacher(rows: Tensor, labels: Tensor, correct: float) -> Tensor:
+    """``[N, C]``: `correct` at the label, the rest spread evenly over the other classes."""
+    classes = rows.shape[1]
+    if classes < 2:
+        raise ValueError("a made-up teacher needs at least two classes to spread its doubt over")
+    doubt = torch.full_like(rows, (1 - correct) / (classes - 1))
+    return doubt.scatter(1, labels[:, None], correct)
 
 
 def _check_same_classes(student: Tensor, teacher: Tensor) -> None:
@@ -337,7 +471,7 @@ def _decouple(rows: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     return split, rest.log_softmax(dim=1).masked_fill(is_target, 0.0)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """``KL(p || q)`` of each row, from log-probabilities."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
@@ -349,7 +483,7 @@ def _pearson(a: Tensor, b: Tensor, eps: float) -> Tensor:
     return (a * b).sum(dim=1) / (norms + eps)
 
 
-def _reduce(values: Tensor, valid: Tensor | None, shape: torch.Size, reduction: str) -> Tensor:
+def reduce_positions(values: Tensor, valid: Tensor | None, shape: torch.Size, reduction: str) -> Tensor:
     """Average values ``[N]`` over valid positions, or give them the shape of the positions."""
     if reduction not in ("mean", "none"):
         raise ValueError(f"unknown reduction {reduction!r}")
@@ -365,5 +499,5 @@ def _position_shape(logits: Tensor) -> torch.Size:
     return (logits.movedim(1, -1) if logits.ndim == 4 else logits).shape[:-1]
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
