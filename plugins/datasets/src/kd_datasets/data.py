@@ -182,6 +182,12 @@ class _Rows(Dataset[Sample]):
         sample = self.samples(self.rows[index])
         return self.fit(sample) if self.fit else sample
 
+    def column(self, name: str) -> list[torch.Tensor]:
+        """All values of one key, without opening images; only of labels. Raises `KeyError` if there are none."""
+        if name != "label" or "label" not in self.samples.roles:
+            raise KeyError(name)
+        return [self.samples.label(value) for value in self.rows[self.samples.roles["label"]]]
+
 
 class _Stream(IterableDataset[Sample]):
     """The samples of a stream; those of train in an order that depends on seed and epoch."""
