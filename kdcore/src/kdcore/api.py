@@ -21,8 +21,8 @@ from kdcore.models import FromColumns, Model, Source
 from kdcore.options import Download
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Resolved, find_recipe, load, resolve
-from kdcore.runner import Result, Run, check_roles, run_facts
-from kdcore.stages import Method, Supervised
+from kdcore.runner import Result, Run, run_facts
+from kdcore.stages import Method, Supervised, check_roles
 
 
 def run(
@@ -114,7 +114,7 @@ def _run(
     wrong = False
     try:
         if status.get("status") == "finished":
-            student = _load_given(path, given) if given else None
+            student = run.method.restore(_load_given(path, given), path / "student") if given else None
             return Result(path, status.get("metrics", {}), status.get("rows", []), student)
         if run.folder:
             run.folder.update(**run_facts(run, status))
@@ -209,7 +209,7 @@ def load_student(run_dir: str | Path, overrides: Iterable[str] = (),
         raise RunFolderError(f"{path} was made from Python objects; load {where} in Python instead")
     data["students"][role] = {**data["students"][role], "checkpoint": str(where)}
     run = Run(resolve(data, manager, str(path / "recipe.yaml")), manager, path)
-    return run, run.model(role)
+    return run, run.method.restore(run.model(role), where)
 
 
 def student_folder(path: Path, role: str = "student") -> Path:

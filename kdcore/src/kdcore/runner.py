@@ -25,14 +25,14 @@ from kdcore import engine, folder
 from kdcore.card import model_card
 from kdcore.components import Kind
 from kdcore.data import DataModule, derive_seed, seeded
-from kdcore.errors import DataError, ModelError, RecipeError, did_you_mean
+from kdcore.errors import DataError, ModelError, RecipeError
 from kdcore.folder import RunFolder
 from kdcore.losses import Loss, Weighted
 from kdcore.metrics import metric_names
 from kdcore.models import Model, Source, check_pair
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Recipe, Resolved
-from kdcore.stages import Method, Stage, Supervised, TrainStage
+from kdcore.stages import Method, Stage, Supervised, TrainStage, check_roles
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,10 @@ class Run:
         size = self.recipe.train.eval_batch_size or self.recipe.train.batch_size
         return {f"{split}/{k}": v for k, v in engine.evaluate(self, stage, split, size).items()}
 
+    def add_row(self, name: str, model: Model) -> None:
+        """Add a line to the comparison table: a model's metrics on the splits of `eval.on`."""
+        self.rows.append({"model": name, **self._final_metrics(model)})
+
     # -- what the engine asks for --------------------------------------------------------------------------------
 
     def notify(self, event: str, **arguments: Any) -> None:
@@ -202,7 +206,7 @@ class Run:
     def execute(self) -> Result:
         """Run all stages, those finished earlier excepted, then save the student and the result."""
         self.notify("kd_run_started")
-        for role in self._student_roles():  # one that cannot be had is told before a teacher is trained
+        for role in self.student_roles:  # one that cannot be had is told before a teacher is trained
             self.model(role)
         for role, spec in (*self.recipe.teachers.items(), *self.recipe.students.items()):
             if spec.train is not None:
@@ -268,7 +272,7 @@ class Run:
         return stage
 
     def _finish(self) -> Result:
-        students = {role: cast(Model, m) for role, m in self.models.items() if role in self._student_roles()}
+        students = {role: cast(Model, m) for role, m in self.models.items() if role in self.student_roles}
         result = Result(self.path, rows=self.rows, student=students.get("student", next(iter(students.values()), None)))
         if result.student is not None:
             result.metrics = self._final_metrics(result.student)
@@ -297,7 +301,9 @@ class Run:
 
     # -- building ------------------------------------------------------------------------------------------------
 
-    def _student_roles(self) -> list[str]:
+    @property
+    def student_roles(self) -> list[str]:
+        """The roles of the students, in the order of the recipe."""
         return [*self.recipe.students, *(r for r in self.given.get("students", {}))]
 
     def _build(self, role: str) -> Source:
@@ -327,32 +333,6 @@ class Run:
             if split not in self.data and "on" in self.recipe.eval.model_fields_set:
                 raise DataError(f"eval.on: the data has no split {split!r}; it has: {', '.join(self.data.splits)}")
         _ = self.metric_names  # refuses names that are not there
-
-
-def check_roles(method: Method, recipe: Recipe, given: Mapping[str, Any]) -> None:
-    """Refuse a recipe that does not name what its method asks for, or overrides a stage that there is not.
-
-    Raises:
-        RecipeError: naming the key.
-    """
-    name = recipe.method.use
-    for kind, wanted in (("teacher", method.roles.teachers), ("student", method.roles.students)):
-        named = [*getattr(recipe, f"{kind}s"), *given.get(f"{kind}s", {})]
-        for role in wanted or ():
-            if role not in named:
-                raise RecipeError(f"method {name!r} needs a {kind} with the role {role!r} (`{kind}s.{role}:`); "
-                                  f"the recipe names: {', '.join(named) or f'no {kind}'}")  # fmt: skip
-    if recipe.losses and method.roles.losses is False:
-        raise RecipeError(f"method {name!r} has losses of its own and takes no `losses:` list")
-    if method.roles.losses and not recipe.losses:
-        raise RecipeError(
-            f"method {name!r} needs a `losses:` list, such as `losses: [{{use: cross-entropy}}, {{use: kd}}]`"
-        )
-    trained = [r for r, s in (*recipe.teachers.items(), *recipe.students.items()) if s.train is not None]
-    for stage in recipe.stages if method.stage_names else ():
-        if stage not in (*method.stage_names, *trained):
-            raise RecipeError(f"stages.{stage}: there is no such stage; "
-                              f"{did_you_mean(stage, [*trained, *method.stage_names], 'stages')}")  # fmt: skip
 
 
 def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdcore.data import DataModule, Task
-from kdcore.errors import ModelError, RecipeError
+from kdcore.errors import ModelError, RecipeError, did_you_mean
 from kdcore.losses import Loss, Progress, TaskLoss, Weighted, named_terms
 from kdcore.metrics import Metrics
 from kdcore.models import Batch, Labels, Model, Outputs, Source, check_pair, map_tensors
-from kdcore.recipe import OPTIMIZERS, OptimizerOptions, ScheduleOptions, TrainOptions
+from kdcore.recipe import OPTIMIZERS, OptimizerOptions, Recipe, ScheduleOptions, TrainOptions
 
 if TYPE_CHECKING:
     from kdcore.runner import Run
@@ -202,9 +202,17 @@ class Distill(TrainStage):
 
     def forward(self, batch: Batch, objective: str = "loss") -> dict[str, Tensor]:
         """The weighted terms, by loss."""
+        return self.terms(*self.outputs(batch), batch)
+
+    def outputs(self, batch: Batch) -> tuple[Outputs, dict[str, Outputs]]:
+        """What the student and, without gradient, each teacher says. (Teachers first: what they need in between is
+        then given back before the student's activations stay.)"""
         with torch.no_grad():
             teachers = {role: teacher(batch) for role, teacher in self.teachers.items()}
-        student = self.student(batch)
+        return self.student(batch), teachers
+
+    def terms(self, student: Outputs, teachers: Mapping[str, Outputs], batch: Batch) -> dict[str, Tensor]:
+        """The weighted terms of these outputs, by loss."""
         terms: dict[str, Tensor] = {}
         for item in self.weighted:
             item.loss.progress = self.progress
@@ -286,9 +294,40 @@ class Method:
         """The task as the students' heads see it, where it is not the data's."""
         return task
 
+    def restore(self, student: Model, folder: Path) -> Model:
+        """The trained student of a finished run, where the method saved more into its `folder` than the model that the
+        recipe names; `student` is that one, with its weights."""
+        return student
+
     def predict(self, outputs: Outputs, batch: Batch) -> Outputs:
         """Turn the student's outputs into predictions, where the two are not the same."""
         return outputs
+
+
+def check_roles(method: Method, recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Refuse a recipe that does not name what its method asks for, or overrides a stage that there is not.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    name = recipe.method.use
+    for kind, wanted in (("teacher", method.roles.teachers), ("student", method.roles.students)):
+        named = [*getattr(recipe, f"{kind}s"), *given.get(f"{kind}s", {})]
+        for role in wanted or ():
+            if role not in named:
+                raise RecipeError(f"method {name!r} needs a {kind} with the role {role!r} (`{kind}s.{role}:`); "
+                                  f"the recipe names: {', '.join(named) or f'no {kind}'}")  # fmt: skip
+    if recipe.losses and method.roles.losses is False:
+        raise RecipeError(f"method {name!r} has losses of its own and takes no `losses:` list")
+    if method.roles.losses and not recipe.losses:
+        raise RecipeError(
+            f"method {name!r} needs a `losses:` list, such as `losses: [{{use: cross-entropy}}, {{use: kd}}]`"
+        )
+    trained = [r for r, s in (*recipe.teachers.items(), *recipe.students.items()) if s.train is not None]
+    for stage in recipe.stages if method.stage_names else ():
+        if stage not in (*method.stage_names, *trained):
+            raise RecipeError(f"stages.{stage}: there is no such stage; "
+                              f"{did_you_mean(stage, [*trained, *method.stage_names], 'stages')}")  # fmt: skip
 
 
 def make_optimizer(parameters: Any, options: OptimizerOptions) -> Optimizer:

@@ -242,10 +242,18 @@ class ContrastMemory(nn.Module):
                         ((self.embed_student, student), (self.embed_teacher, teacher.detach())))  # fmt: skip
         scores = [self._scores(anchor, bank, rows) for anchor, bank in
                   ((ours, self.teacher_bank), (theirs, self.student_bank))]  # fmt: skip
-        with torch.no_grad():  # without a branch on the value, which would wait for the device
-            for z, score in ((self.student_z, scores[0]), (self.teacher_z, scores[1])):
-                z.copy_(torch.where(z < 0, score.mean() * self.size, z))
-        return scores[0] / self.student_z, scores[1] / self.teacher_z, ours, theirs
+        z = self._normalizers(scores)
+        return scores[0] / z[0], scores[1] / z[1], ours, theirs
+
+    @torch.no_grad()
+    def _normalizers(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """The constants; estimated from these scores where there are none yet, and kept if this is training."""
+        found = []
+        for z, score in ((self.student_z, scores[0]), (self.teacher_z, scores[1])):
+            found.append(torch.where(z < 0, score.mean() * self.size, z))  # a branch would wait for the device
+            if self.training:
+                z.copy_(found[-1])
+        return found
 
     def _scores(self, anchors: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
         candidates = bank[rows].detach()

@@ -9,13 +9,10 @@ from pydantic import Field, create_model, model_validator
 from kdcore.options import Options
 
 
-class SmoothingOptions(Options):
+class CrossEntropyOptions(Options):
     """Cross-entropy with smoothed labels."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mass spread evenly over all classes")
-
-
-CrossEntropyOptions = SmoothingOptions
 
 
 class SoftOptions(Options):
@@ -206,8 +203,9 @@ class CRDOptions(RelationOptions):
 
 
 class CWDOptions(LayerOptions):
-    """Channel-wise distillation of score maps, or of layers where they are named or logits have no positions."""
+    """Channel-wise distillation of score maps or layers."""
 
+    on: Literal["logits", "layers"] = Field("logits", description="score maps, or layers (default: the last stage)")
     temperature: float = Field(4.0, gt=0, description="softmax temperature over positions")
     norm: Literal["channel", "spatial", "mse"] = Field("channel", description="over positions, over channels, or none")
 
@@ -230,7 +228,7 @@ class BYOTOptions(Options):
     temperature: float = Field(3.0, gt=0, description="softmax temperature of both sides")
     alpha: float = Field(0.1, ge=0, le=1, description="share of the deepest exit's soft labels")
     beta: float = Field(1e-6, ge=0, description="weight of the features, which are summed over the batch")
-    layers: list[str] = Field([], description="taps of the shallow exits; default: all stages but the last")
+    layers: list[str] = Field([], description="taps, the last of which is the deepest; default: the last four stages")
     standardize: bool = Field(False, description="z-score the logits first (logit standardisation)")
 
 
@@ -279,7 +277,6 @@ class ABMethodOptions(ABOptions):
     """Activation boundaries first, then the task alone."""
 
     weight: float = Field(1.0, ge=0, description="weight of the boundary loss in the first stage")
-    epochs: float = Field(30.0, gt=0, description="epochs of the first stage")
 
 
 class TfKDMethodOptions(TfKDRegOptions):

@@ -500,4 +500,5 @@ def _position_shape(logits: Tensor) -> torch.Size:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it is of half precision."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
