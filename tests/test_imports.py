@@ -28,6 +28,7 @@ FLOORS = [
     ("recipe",),
     ("models",),
     ("data",),
+    ("adopt",),
     ("losses", "metrics"),
     ("stages",),
     ("folder",),
@@ -36,6 +37,7 @@ FLOORS = [
     ("card",),
     ("runner",),
     ("api",),
+    ("bench",),
     ("testing",),
 ]
 """From the ground up. A module imports only what stands on a lower floor."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
 from kdcore import DataModule, Task
-from kdcore.data import as_data_module, derive_seed, guess_task, seeded
+from kdcore.adopt import as_data_module, guess_task
+from kdcore.data import derive_seed, seeded
 from kdcore.errors import DataError
 
 TASK = Task("classification", ("a", "b"))

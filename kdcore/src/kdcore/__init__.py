@@ -13,6 +13,7 @@ from kdcore.plugins import PluginManager
 
 if TYPE_CHECKING:
     from kdcore.api import distill, evaluate, load_student, plan, run
+    from kdcore.bench import bench, compare
     from kdcore.data import DataModule, Task
     from kdcore.losses import Loss
     from kdcore.models import Model, Outputs
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "api": ("distill", "evaluate", "load_student", "plan", "run"),
+    "bench": ("bench", "compare"),
     "data": ("DataModule", "Task"),
     "losses": ("Loss",),
     "models": ("Model", "Outputs"),
@@ -47,5 +49,5 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Component", "DataModule", "Distill", "FitStage", "KDError", "Loss", "Method", "Model", "Options", "Outputs",
     "Paper", "PluginManager", "Result", "Roles", "Run", "Stage", "Task", "TrainStage", "UserError", "__version__",
-    "distill", "evaluate", "hookimpl", "load_student", "plan", "recipe_schema", "run",
+    "bench", "compare", "distill", "evaluate", "hookimpl", "load_student", "plan", "recipe_schema", "run",
 ]  # fmt: skip

@@ -12,8 +12,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from kdcore import folder
+from kdcore.adopt import as_data_module
 from kdcore.components import Component
-from kdcore.data import DataModule, Task, as_data_module
+from kdcore.data import DataModule, Task
 from kdcore.errors import DataError, Interrupted, ModelError, RunFolderError, UserError
 from kdcore.folder import RunFolder
 from kdcore.hookspecs import hookimpl

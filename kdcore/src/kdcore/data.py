@@ -16,9 +16,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
-    RandomSampler,
     Sampler,
-    SequentialSampler,
     default_collate,
 )
 
@@ -210,7 +208,7 @@ class DataModule:
         )
 
     def _collate(self, name: str) -> Callable[[list[Any]], Batch]:
-        return _Collate(self.collate, name)
+        return _Collate(self.collate, name, self.task.num_classes)
 
 
 @dataclass
@@ -219,6 +217,7 @@ class _Collate:
 
     collate: Callable[[list[Any]], Batch]
     split: str
+    classes: int | None
 
     def __call__(self, samples: list[dict[str, Any]]) -> Batch:
         index = torch.tensor([sample.pop("index") for sample in samples])
@@ -226,7 +225,21 @@ class _Collate:
             batch = self.collate(samples)
         except (TypeError, KeyError, RuntimeError) as error:
             raise DataError(f"samples of split {self.split!r} do not make a batch: {error}") from error
+        for key in TARGET_KEYS:
+            if self.classes and isinstance(target := batch.get(key), Tensor) and not target.is_floating_point():
+                self._check(key, target, index, self.classes)
         return {**batch, "index": index}
+
+    def _check(self, key: str, target: Tensor, index: Tensor, classes: int) -> None:
+        """Refuse classes that there are not: a loss would fail on them, or on an accelerator end the process."""
+        low, high = target.aminmax()
+        if low >= 0 and high < classes:
+            return
+        wrong = (target >= classes) | ((target < 0) & (target != IGNORE))
+        if wrong.any():
+            where = index[wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong]
+            raise DataError(f"split {self.split!r}, sample {int(where[0])}: {key} {int(target[wrong][0])}, but the "
+                            f"{classes} classes are 0 to {classes - 1} ({IGNORE} is ignored)")  # fmt: skip
 
 
 class _Keyed(Dataset[dict[str, Any]]):
@@ -275,7 +288,7 @@ class _Stream(IterableDataset[Batch]):
     def __init__(self, data: DataModule, split: Any, batch_size: int, shares: list[tuple[int, int]], seed: int,
                  augment: Callable[[Any], Any] | None, start: int = 0, last: int | None = None) -> None:  # fmt: skip
         self.keyed = _Keyed(split, data.keys, seed, augment)
-        self.collate = _Collate(data.collate, "stream")
+        self.collate = _Collate(data.collate, "stream", data.task.num_classes)
         self.batch_size, self.shares, self.start, self.last = batch_size, shares, start, last
 
     def __iter__(self) -> Iterator[Batch]:
@@ -355,57 +368,3 @@ def seeded(seed: int) -> Iterator[None]:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor on the device; copies from pinned memory do not block."""
     return map_tensors(batch, lambda t: t if t.device == device else t.to(device, non_blocking=True))
-
-
-def as_data_module(data: Any, task: Task | None = None, keys: Sequence[str] = ("image", "label")) -> DataModule:
-    """A data module from what Python users have: data sets or `DataLoader`s, one, a pair (train, val), or by name.
-
-    A loader gives its data set, collate function and sampler; batches are then made by this project, so that a run
-    can be resumed and spread over processes.
-
-    Raises:
-        DataError: if it is none of these, or a loader makes its batches by a batch sampler of its own.
-    """
-    if isinstance(data, DataModule):
-        return data
-    if isinstance(data, tuple):
-        data = dict(zip(("train", "val", "test"), data, strict=False))
-    if not isinstance(data, Mapping):
-        data = {"train": data}
-    splits, orders, collate = {}, {}, default_collate
-    for name, split in data.items():
-        if isinstance(split, DataLoader):
-            if split.batch_sampler is None or type(split.batch_sampler).__name__ != "BatchSampler":
-                raise DataError(f"the loader of {name!r} has a batch sampler of its own; pass its data set instead")
-            collate = split.collate_fn
-            if not isinstance(split.sampler, RandomSampler | SequentialSampler):
-                orders[name] = _sampler_order(split.sampler)
-            split = split.dataset
-        if not hasattr(split, "__getitem__") and not hasattr(split, "__iter__"):
-            raise DataError(f"{name!r} is a {type(split).__name__}; give a data set or a DataLoader")
-        splits[name] = split
-    module = DataModule(splits, task or Task("unlabelled"), collate=collate, keys=keys, orders=orders)
-    if task is None:
-        module.task = guess_task(module.sample("train"))
-    return module
-
-
-def _sampler_order(sampler: Any) -> Callable[[int], Sequence[int]]:
-    def order(epoch: int) -> Sequence[int]:
-        with seeded(derive_seed("sampler", epoch)):
-            return list(sampler)
-
-    return order
-
-
-def guess_task(batch: Batch) -> Task:
-    """The task that a batch looks like: by which target it holds, and of which type."""
-    if isinstance(label := batch.get("label"), Tensor):
-        if label.is_floating_point():
-            return (
-                Task("multilabel", num_classes=label.shape[1]) if label.ndim == 2 else Task("regression", num_classes=1)
-            )
-        return Task("classification")
-    if "mask" in batch:
-        return Task("segmentation")
-    return Task("causal-lm") if "labels" in batch else Task("unlabelled")

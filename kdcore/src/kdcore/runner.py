@@ -28,7 +28,7 @@ from kdcore.data import DataModule, derive_seed, seeded
 from kdcore.errors import DataError, ModelError, RecipeError
 from kdcore.folder import RunFolder
 from kdcore.losses import Loss, Weighted
-from kdcore.metrics import metric_names
+from kdcore.metrics import higher_is_better, metric_names
 from kdcore.models import Model, Source, check_pair
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Recipe, Resolved
@@ -283,7 +283,9 @@ class Run:
                 shutil.rmtree(temporary, ignore_errors=True)
                 model.save(temporary)
                 folder.commit(temporary, where, {"role": role})
+            higher = not self.metric_names or higher_is_better(self.data.task, self.metric_names[0])
             self.folder.update(status="finished", finished=_now(), metrics=result.metrics, rows=result.rows,
+                               higher_is_better=higher,
                                timings={**self.folder.read().get("timings", {}), **self.timings})  # fmt: skip
             folder.write_text(self.path / "README.md", model_card(self, result.metrics))
         self.accelerator.wait_for_everyone()

@@ -317,6 +317,11 @@ def generation_mask(draw: Tensor, share: float, kind: str) -> Tensor:
         draw: ``[B, 1, H, W]`` for kind ``"dense"``, ``[B, Ch, 1, 1]`` for ``"cls"``.
         share: lambda, the share that is masked.
         kind: which positions, or which channels, are masked: ``u > 1 - lambda`` or ``u < lambda``.
+
+    Raises:
+        ValueError: if `kind` is unknown or `share` is not in [0, 1].
     """
+    if kind not in ("cls", "dense") or not 0 <= share <= 1:
+        raise ValueError(f"the kind is 'cls' or 'dense' and the share in [0, 1], not {kind!r} and {share}")
     masked = draw > 1 - share if kind == "dense" else draw < share
     return (~masked).to(draw.dtype)

@@ -205,7 +205,7 @@ class CRDOptions(RelationOptions):
 class CWDOptions(LayerOptions):
     """Channel-wise distillation of score maps or layers."""
 
-    on: Literal["logits", "layers"] = Field("logits", description="score maps, or layers (default: the last stage)")
+    signal: Literal["logits", "layers"] = Field("logits", description="score maps, or layers (default: the last stage)")
     temperature: float = Field(4.0, gt=0, description="softmax temperature over positions")
     norm: Literal["channel", "spatial", "mse"] = Field("channel", description="over positions, over channels, or none")
 

@@ -26,6 +26,8 @@ _YUAN = Paper("Revisiting Knowledge Distillation via Label Smoothing Regularizat
 
 ENTRIES = {
     "cross-entropy": Entry("CrossEntropy", "cross-entropy with the labels", ("labels", "any"), kinds=("loss",)),
+    "supervised": Entry("Supervised", "the labels alone: a student without a teacher", ("labels", "any"),
+                        kinds=("method",)),
     "distill": Entry("WithLosses", "any list of losses, any teachers", ("generic", "any"), kinds=("method",)),
     "kd": Entry("KD", "soft targets: KL divergence of tempered logits", _LOGITS, Paper(
         "Distilling the Knowledge in a Neural Network", "Geoffrey Hinton, Oriol Vinyals, Jeff Dean",
@@ -124,6 +126,10 @@ def _component(kind: Literal["loss", "method"], name: str) -> Component:
     entry = ENTRIES[name]
     module, suffix = ("losses", "Options") if kind == "loss" else ("methods", "MethodOptions")
     shared = kind == "method" and entry.cls in ("WSLD", "DeiT", "BYOT", "SimKD")  # the loss is the whole method
-    options = None if name == "distill" else f"kd_classic.options:{entry.cls}{'Options' if shared else suffix}"
+    options = (
+        None
+        if name in ("distill", "supervised")
+        else f"kd_classic.options:{entry.cls}{'Options' if shared else suffix}"
+    )
     return Component(kind, name, f"kd_classic.{module}:{entry.cls}", options, entry.summary, entry.tags, entry.paper,
                      f"recipes/{name}")  # fmt: skip

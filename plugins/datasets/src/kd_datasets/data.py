@@ -174,11 +174,19 @@ class _Rows(Dataset[Sample]):
 
     def __init__(self, rows: Any, samples: Samples, fit: Fit | None) -> None:
         self.rows, self.samples, self.fit = rows, samples, fit
+        self.kept: dict[int, Sample] | None = {} if samples.options.in_memory else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
+        if self.kept is None:
+            return self._make(index)
+        if index not in self.kept:
+            self.kept[index] = self._make(index)
+        return dict(self.kept[index])
+
+    def _make(self, index: int) -> Sample:
         sample = self.samples(self.rows[index])
         return self.fit(sample) if self.fit else sample
 

@@ -64,6 +64,7 @@ class DatasetsOptions(Options):
     )
     tokenizer: str | None = Field(None, description="tokenizer of transformers: folder or Hub id")
     max_length: int | None = Field(None, gt=1, description="tokens of a text that are kept; default: all")
+    in_memory: bool = Field(False, description="keep samples once they are decoded: for data that fits into memory")
     streaming: bool = Field(False, description="read while training, without a local copy; needs train.steps")
     shuffle_buffer: int = Field(1000, gt=0, description="samples of a stream among which the next is drawn")
 

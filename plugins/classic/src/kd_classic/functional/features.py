@@ -131,10 +131,12 @@ def vid(mean: Tensor, log_scale: Tensor, teacher_features: Tensor, *, eps: float
     Raises:
         ValueError: if the shapes differ.
     """
-    if mean.shape != teacher_features.shape:
-        raise ValueError(f"vid compares features of one shape, not {list(mean.shape)} and "
+    if mean.shape != teacher_features.shape or mean.ndim != 4:
+        raise ValueError(f"vid compares maps [B, Ch, H, W] of one shape, not {list(mean.shape)} and "
                          f"{list(teacher_features.shape)}")  # fmt: skip
-    variance = (F.softplus(log_scale) + eps).view(1, -1, 1, 1)
+    if log_scale.shape != mean.shape[1:2]:
+        raise ValueError(f"vid needs a scale per channel, [{mean.shape[1]}], not {list(log_scale.shape)}")
+    variance = (F.softplus(at_least_float32(log_scale)) + eps).view(1, -1, 1, 1)
     error = at_least_float32(mean) - at_least_float32(teacher_features.detach())
     return 0.5 * (error.square() / variance + variance.log()).mean()
 
@@ -189,8 +191,12 @@ def ofd(
         ValueError: if the numbers of layers, or channels, differ.
     """
     bounds = [margins] if isinstance(margins, Tensor) else list(margins)
+    layers = pairs(student_features, teacher_features)
+    shapes = [[1, teacher.shape[1], 1, 1] for _, teacher in layers]
+    if [list(margin.shape) for margin in bounds] != shapes:
+        raise ValueError(f"ofd needs margins of shape {shapes}, not {[list(margin.shape) for margin in bounds]}")
     losses = []
-    for (student, teacher), margin in zip(pairs(student_features, teacher_features), bounds, strict=True):
+    for (student, teacher), margin in zip(layers, bounds, strict=True):
         if student.shape[1] != teacher.shape[1]:
             raise ValueError(f"ofd needs a connector to {teacher.shape[1]} channels; got {student.shape[1]}")
         if student.shape[-2:] != teacher.shape[-2:]:
@@ -278,6 +284,9 @@ def pairs(student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
     for features in (*students, *teachers):
         if features.ndim != 4:
             raise ValueError(f"needs feature maps [B, Ch, H, W], but one has shape {list(features.shape)}")
+    if len(sizes := {len(features) for features in (*students, *teachers)}) > 1:
+        raise ValueError(f"needs feature maps of one batch, but these are of {' and '.join(map(str, sorted(sizes)))} "
+                         "samples")  # fmt: skip
     return [(at_least_float32(s), at_least_float32(t.detach())) for s, t in zip(students, teachers, strict=True)]
 
 

@@ -4,6 +4,7 @@ Layout of logits: ``[B, C]`` for classification, ``[B, T, V]`` for sequences, ``
 Positions of the last two are treated as samples of one large batch.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -277,12 +278,12 @@ def lsr(
     Args:
         logits: ``[B, C]``, ``[B, T, V]`` or ``[B, C, H, W]`` with at least two classes.
         target: class indices ``[B]``, ``[B, T]`` or ``[B, H, W]``.
-        alpha: mass off the label, in [0, 1).
+        alpha: mass off the label, in [0, 1].
         ignore_index: label of positions that do not count.
         reduction: ``"mean"`` over valid positions, or ``"none"`` for values shaped like `target`.
 
     Raises:
-        ValueError: if shapes do not fit or there is one class.
+        ValueError: if shapes do not fit, there is one class or alpha is out of range.
     """
     rows, labels = flatten_positions(at_least_float32(logits), target)
     assert labels is not None
@@ -354,7 +355,7 @@ def deit(
         target: class indices ``[B]`` (-100 is ignored), or probabilities ``[B, C]`` under mixup.
         kind: ``"hard"`` or ``"soft"``.
         alpha: share of the teacher, in [0, 1].
-        temperature: T > 0 of the soft kind.
+        temperature: T > 0, used by the soft kind.
         standardize: apply `logit_standardize` to both sides of the soft kind first.
 
     Raises:
@@ -362,7 +363,12 @@ def deit(
     """
     if kind not in ("hard", "soft"):
         raise ValueError(f"kind must be 'hard' or 'soft', not {kind!r}")
+    check_temperature(temperature)
+    _check_same_classes(class_logits, distillation_logits)
     if target.is_floating_point():
+        if target.shape != class_logits.shape:
+            raise ValueError(f"logits {list(class_logits.shape)} need probabilities of that shape, not "
+                             f"{list(target.shape)}")  # fmt: skip
         base = F.cross_entropy(at_least_float32(class_logits), target)
     else:
         base = cross_entropy(class_logits, target)
@@ -434,14 +440,16 @@ def soften(student: Tensor, teacher: Tensor, temperature: float, standardize: bo
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not positive, NaN included."""
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be positive, not {temperature}")
+    """Refuse a temperature that is not a positive number."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"the temperature must be positive and finite, not {temperature}")
 
 
 def _virtual_teacher(rows: Tensor, labels: Tensor, correct: float) -> Tensor:
     """``[N, C]``: `correct` at the label, the rest spread evenly over the other classes."""
     classes = rows.shape[1]
+    if not 0 <= correct <= 1:
+        raise ValueError(f"a belief is a probability in [0, 1], not {correct}")
     if classes < 2:
         raise ValueError("a made-up teacher needs at least two classes to spread its doubt over")
     doubt = torch.full_like(rows, (1 - correct) / (classes - 1))

@@ -78,6 +78,9 @@ def skd_pixelwise(
     student, teacher = soften(student_logits, teacher_logits, temperature, standardize)
     values = F.cross_entropy(student, teacher.softmax(dim=1), reduction="none")
     if target is not None:
+        if target.shape != values.shape:
+            raise ValueError(f"score maps {list(student.shape)} need a target {list(values.shape)}, not "
+                             f"{list(target.shape)}")  # fmt: skip
         values = values * (target != ignore_index)
     return values.sum() / (student.shape[2] * student.shape[3])
 
@@ -94,11 +97,13 @@ def skd_pairwise(student_features: Tensor, teacher_features: Tensor, *, scale: f
         scale: size of a region, in (0, 1].
 
     Raises:
-        ValueError: if the maps differ in size, or a region would be smaller than a pixel.
+        ValueError: if the maps differ in size, `scale` is not in (0, 1], or a region would be smaller than a pixel.
     """
-    if student_features.ndim != 4 or student_features.shape[-2:] != teacher_features.shape[-2:]:
-        raise ValueError(f"needs maps of one size, not {list(student_features.shape)} and "
-                         f"{list(teacher_features.shape)}")  # fmt: skip
+    one, two = student_features.shape, teacher_features.shape
+    if len(one) != 4 or len(two) != 4 or one[0] != two[0] or one[2:] != two[2:]:
+        raise ValueError(f"needs maps of one size, [B, Ch, H, W], not {list(one)} and {list(two)}")
+    if not 0 < scale <= 1:
+        raise ValueError(f"the scale must be in (0, 1], not {scale}")
     height, width = (int(size * scale) for size in teacher_features.shape[-2:])
     if not height or not width:
         raise ValueError(f"a scale of {scale} makes regions of less than a pixel of {list(teacher_features.shape)}")

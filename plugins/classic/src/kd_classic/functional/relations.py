@@ -93,10 +93,13 @@ def crd(scores: Tensor, size: int, *, eps: float = 1e-7) -> Tensor:
         eps: keeps quotients finite.
 
     Raises:
-        ValueError: if `scores` is no matrix of two columns or more.
+        ValueError: if `scores` is no matrix of two columns or more, or `size` is not positive.
     """
     if scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(f"crd needs scores [B, 1 + K], but they have shape {list(scores.shape)}")
+    if size < 1:
+        raise ValueError(f"crd needs the number of samples in the data set, not {size}")
+    scores = at_least_float32(scores)
     noise = (scores.shape[1] - 1) / size
     positive, negatives = scores[:, 0], scores[:, 1:]
     likely = (positive / (positive + noise + eps)).log().sum()
@@ -106,6 +109,9 @@ def crd(scores: Tensor, size: int, *, eps: float = 1e-7) -> Tensor:
 
 def _rows(who: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """``[B, D]`` of both sides; the teacher's without gradient."""
+    if student.ndim < 2 or teacher.ndim < 2:
+        raise ValueError(f"{who} needs a vector per sample, [B, D], not {list(student.shape)} and "
+                         f"{list(teacher.shape)}")  # fmt: skip
     if len(student) != len(teacher):
         raise ValueError(f"{who} compares the samples of one batch; got {len(student)} and {len(teacher)} of them")
     if len(student) < 2:

@@ -160,9 +160,13 @@ class OFD(Adapted):
         """
         super().bind(student, teacher)
         assert isinstance(teacher, Model)
-        given = self.options.teacher_norms
-        for i, name in enumerate(self.names["teacher"]):
-            norm = _last_norm(teacher, given[i] if i < len(given) else name.partition(":")[0])
+        layers = [name.partition(":")[0] for name in self.names["teacher"]]
+        norms = self.options.teacher_norms or layers
+        if len(norms) != len(layers):
+            raise ModelError(f"ofd: teacher_norms names {len(norms)} batch norms for {len(layers)} layers "
+                             f"({', '.join(layers)})")  # fmt: skip
+        for i, name in enumerate(norms):
+            norm = _last_norm(teacher, name)
             self.margins.register_buffer(f"margin{i}", functional.ofd_margin(norm.weight, norm.bias).float())
         if self.options.teacher_batch_statistics:
             for module in teacher.module.modules():
@@ -320,7 +324,8 @@ class BYOT(Loss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Cross-entropies and soft labels: means over the batch; features: a sum over it."""
         logits = student.need("logits")
-        *shallow, deepest = [as_map(f) for f in student.select(self.names["student"])]
+        mask = batch.get("attention_mask")
+        *shallow, deepest = [as_map(f, mask) for f in student.select(self.names["student"])]
         pooled = embedding(student, self.head, False, batch)
         if not self.exits:
             made = [Exit(f.shape[1], pooled.shape[1], max(f.shape[2] // deepest.shape[2], 1), logits.shape[1])

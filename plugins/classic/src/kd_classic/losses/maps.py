@@ -24,12 +24,12 @@ class CWD(Adapted):
 
     def __init__(self, options: CWDOptions | None = None) -> None:
         super().__init__(options or CWDOptions())
-        if self.options.on == "logits":
+        if self.options.signal == "logits":
             self.needs = {"student": ("logits",), "teacher": ("logits",)}
 
     def bind(self, student: Source, teacher: Source | None) -> None:
         """Tap the layers, if it is on layers."""
-        if self.options.on == "layers":
+        if self.options.signal == "layers":
             super().bind(student, teacher)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
@@ -39,11 +39,11 @@ class CWD(Adapted):
             ModelError: if it is on logits that have no positions.
         """
         o = self.options
-        if o.on == "logits":
+        if o.signal == "logits":
             ours, theirs = pair_of_logits(student, teacher)
             if ours.ndim != 4:
                 raise ModelError(f"cwd compares score maps [B, C, H, W], but the logits are {list(ours.shape)}; "
-                                 "set `on: layers`")  # fmt: skip
+                                 "set `signal: layers`")  # fmt: skip
             return functional.cwd(ours, theirs, temperature=o.temperature, norm=o.norm)
         pairs = [functional.pool_to_smaller(s, t) for s, t in self.pairs(student, teacher, batch)]
         made = self.adapted(pairs, _align)

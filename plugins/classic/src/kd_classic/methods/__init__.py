@@ -19,6 +19,7 @@ from kd_classic.methods.baselines import (
     DeiT,
     MultiTeacher,
     ReviewKD,
+    Supervised,
     WithLosses,
 )
 from kd_classic.methods.chains import TAKD, BornAgain
@@ -29,5 +30,6 @@ from kd_classic.methods.structural import SKD
 
 __all__ = [
     "AB", "AT", "BYOT", "CRD", "CWD", "DIST", "DKD", "DML", "KD", "MGD", "NST", "OFD", "PKT", "RKD", "SKD", "SP",
-    "TAKD", "VID", "WSLD", "BornAgain", "DeiT", "FitNets", "MultiTeacher", "ReviewKD", "SimKD", "TfKD", "WithLosses",
+    "TAKD", "VID", "WSLD", "BornAgain", "DeiT", "FitNets", "MultiTeacher", "ReviewKD", "SimKD",
+    "Supervised", "TfKD", "WithLosses",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from kd_classic import losses
-from kdcore import Distill, Loss, Method, Roles, Run, Stage
+from kdcore import Distill, Loss, Method, Roles, Run, Stage, stages
 from kdcore.losses import Weighted
 
 Stages = Generator[Stage, Any, None]
@@ -21,6 +21,19 @@ class WithLosses(Method):
     def stages(self, run: Run) -> Stages:
         """One stage."""
         yield Distill(run.student, run.losses(), run.teachers())
+
+
+class Supervised(Method):
+    """The student on the labels alone: what distillation is compared with. Without a student, a recipe's teachers that
+    are to be trained first are all that is trained."""
+
+    roles = Roles(teachers=None, students=None)
+    stage_names = ("supervised",)
+
+    def stages(self, run: Run) -> Stages:
+        """One stage."""
+        if run.student_roles:
+            yield stages.Supervised(run.student, run.data.task, name="supervised")
 
 
 class Baseline(Method):

@@ -16,8 +16,8 @@ from kdcore.models import Batch, Source
 
 
 class TAKD(Method):
-    """Mirzadeh et al. 2020: every student of the recipe, in its order, learns from the one before; the first learns
-    from the teacher.
+    """Mirzadeh et al. 2020: every student of the recipe, in its order and `student` last, learns from the one before;
+    the first learns from the teacher.
 
     An arrow's losses are cross-entropy and KD, or those that the recipe lists.
     """
@@ -28,7 +28,7 @@ class TAKD(Method):
     def stages(self, run: Run) -> Stages:
         """A stage per student, named after its role."""
         teacher: Source = run.teacher
-        for role in run.student_roles:
+        for role in sorted(run.student_roles, key=lambda role: role == "student"):
             student = run.model(role)
             stage = Distill(student, run.losses() or self._terms(), teacher, name=role)
             stage.exports = {role: student}

@@ -77,6 +77,23 @@ class Reuse(Distill):
         if len(loss.names["student"]) != 1:
             raise ModelError("simkd projects one layer: name one in student_layers and teacher_layers")
 
+    def prepare(self, batch: Batch) -> None:
+        """Also check that the teacher's classifier reads the mean of the layer that is learned.
+
+        Raises:
+            ModelError: if it reads something else.
+        """
+        teacher = self.teachers["teacher"](batch)
+        (loss,), (head,) = self.loss, self.head
+        (features,) = loss.maps("teacher", teacher, batch)
+        if features.shape[1] != head.in_features or not torch.allclose(
+            head(features.mean((2, 3))), teacher.need("logits"), rtol=1e-3, atol=1e-3
+        ):
+            raise ModelError("simkd reuses a classifier that reads the mean of a feature map, but the teacher's does "
+                             f"not read that of {loss.names['teacher'][0]!r} (a class token, say, or something in "
+                             "between); name another layer in teacher_layers, or take another teacher")  # fmt: skip
+        super().prepare(batch)
+
     def assembled(self) -> Model:
         """The student with projector and classifier."""
         (loss,), (head,) = self.loss, self.head
@@ -115,7 +132,7 @@ class Borrowing(nn.Module):
     def read(self, batch: Batch) -> Outputs:
         """Logits of the borrowed classifier; the embedding is what it reads."""
         inside = self.student(batch)
-        features = as_map(inside.features[self.layer])
+        features = as_map(inside.features[self.layer], batch.get("attention_mask"))
         if self.size:
             features = F.adaptive_avg_pool2d(features, self.size)
         embedding: Tensor = self.projector(features).mean((2, 3))
