@@ -37,7 +37,7 @@ FLOORS = [
     ("card",),
     ("runner",),
     ("api",),
-    ("bench",),
+    ("leaderboard",),
     ("testing",),
 ]
 """From the ground up. A module imports only what stands on a lower floor."""

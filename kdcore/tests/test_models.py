@@ -31,6 +31,39 @@ def test_taps_before_and_after_an_in_place_activation_differ():
     assert features["1" if "1" in features else "2"] is not None
 
 
+class Residual(nn.Module):
+    """A stage that ends in an activation, or in a sum after one."""
+
+    def __init__(self, activated: bool):
+        super().__init__()
+        self.conv, self.act1, self.act2 = nn.Conv2d(2, 2, 1), nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+        self.activated = activated
+
+    def forward(self, image):
+        inner = self.conv(self.act1(image))
+        return self.act2(image + inner) if self.activated else image + self.act2(inner)
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_a_tap_before_the_activation_reads_what_goes_into_the_one_that_ends_the_module_if_any_does(activated):
+    model = Model(nn.ModuleDict({"stage": Residual(activated)}), lambda m, b: m["stage"](b["image"]), stages=("stage",))
+    assert model.tap("@0:pre", "@0") == ["stage:pre", "stage"]
+    features = model({"image": torch.randn(3, 2, 4, 4)}).features
+    wanted = features["stage:pre"].clamp(min=0) if activated else features["stage:pre"]
+    torch.testing.assert_close(features["stage"], wanted)
+    assert features["stage:pre"].min() < 0
+
+
+def test_the_head_is_the_last_layer_with_as_many_outputs_as_classes():
+    net = nn.ModuleDict({"body": nn.Linear(4, 8), "fc": nn.Linear(8, 3), "auxiliary": nn.Linear(8, 5)})
+    model = Model(net, lambda m, b: m["fc"](m["body"](b["series"])), labels=Labels(3))
+    assert model.tap("@head:input") == ["fc:input"]
+    outputs = model(batch())
+    torch.testing.assert_close(net["fc"](outputs.features["fc:input"]), outputs.logits)
+    with pytest.raises(ModelError, match="no linear layer that makes 7 logits"):
+        Model(net, labels=Labels(7)).tap("@head")
+
+
 def test_patterns_match_by_name_and_stage_and_near_misses_are_listed():
     model = Model(nn.ModuleDict({"layer1": nn.Linear(4, 4), "layer2": nn.Linear(4, 4)}), lambda m, b: m["layer2"](
         m["layer1"](b["series"])), stages=("layer1", "layer2"))  # fmt: skip

@@ -15,7 +15,7 @@ from kd_cli.listing import complete_name
 from kdcore.errors import UserError
 
 if TYPE_CHECKING:
-    from kdcore.bench import Standing, Trial
+    from kdcore.leaderboard import Standing, Trial
 
 
 def bench(

@@ -13,7 +13,7 @@ from kd_cli import tables
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kdcore.bench import Standing
+    from kdcore.leaderboard import Standing
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -76,7 +76,7 @@ def bars(board: Sequence[Standing]) -> str:
 
 def lines(runs: Sequence[Path]) -> str:
     """The metrics of runs over their steps, as SVG."""
-    from kdcore.bench import curves
+    from kdcore.leaderboard import curves
 
     figure = _figure(height=4)
     axes = figure.subplots()

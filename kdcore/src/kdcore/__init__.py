@@ -13,8 +13,8 @@ from kdcore.plugins import PluginManager
 
 if TYPE_CHECKING:
     from kdcore.api import distill, evaluate, load_student, plan, run
-    from kdcore.bench import bench, compare
     from kdcore.data import DataModule, Task
+    from kdcore.leaderboard import bench, compare
     from kdcore.losses import Loss
     from kdcore.models import Model, Outputs
     from kdcore.options import Options
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "api": ("distill", "evaluate", "load_student", "plan", "run"),
-    "bench": ("bench", "compare"),
+    "leaderboard": ("bench", "compare"),
     "data": ("DataModule", "Task"),
     "losses": ("Loss",),
     "models": ("Model", "Outputs"),

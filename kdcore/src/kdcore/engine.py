@@ -156,15 +156,16 @@ class _Trainer:
             self.step += 1
             self.pending.append((self.step, terms, [_index(batch) for batch in micro]))
             self.run.notify("kd_step_finished", stage=self.stage, step=self.step, terms=terms)
-            if self._due(self.options.log_every) or self.step == self.total:
+            done = self.step == self.total
+            if self._due(self.options.log_every) or done:
                 self._log()
-            if self._due(self.options.eval_every or self.per_epoch):
+            if self._due(self.options.eval_every or self.per_epoch) or (done and not self.stage.metrics):
                 self._evaluate()
             if self._stop_asked(signals):
                 self._save()
                 raise Interrupted(f"interrupted in stage {self.stage.name!r} at step {self.step} of {self.total}; "
                                   "the same command goes on from here")  # fmt: skip
-            if self.step < self.total and self._due(self.options.save_every or self.per_epoch):
+            if not done and self._due(self.options.save_every or self.per_epoch):
                 self._save()
         self._read_terms()
         self.run.stop_reason = None

@@ -61,8 +61,9 @@ class Structural(Distill):
         if objective == "critic":
             return self._critic_terms(batch)
         student, teachers = self.outputs(batch)
+        terms = self.terms(student, teachers, batch)
         score = self._judge(student.need("logits"), batch).mean()
-        return {**self.terms(student, teachers, batch), "holistic": -self.options.holistic_weight * score}
+        return {**terms, "holistic": -self.options.holistic_weight * score}
 
     def _critic_terms(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():

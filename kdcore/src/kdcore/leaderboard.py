@@ -1,17 +1,14 @@
-"""Methods compared on one recipe, over several seeds, each run in a process of its own.
-
-`python -m kdcore.bench RECIPE RUN_DIR` is one of these processes.
-"""
+"""Methods compared on one recipe, over several seeds, each run in a process of its own."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdcore.errors import Interrupted, RecipeError, RunFolderError, UserError
+from kdcore.errors import Interrupted, KDError, RecipeError, RunFolderError, UserError
 from kdcore.folder import write_text
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Recipe, find_recipe, load, resolve
@@ -227,6 +224,10 @@ class _Pool:
 
     def __init__(self, jobs: int, total: int, on_trial: Callable[[Trial, int], None] | None) -> None:
         self.jobs, self.total, self.on_trial = jobs, total, on_trial
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        self.context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:  # the imports, which take seconds, are then made once
+            self.context.set_forkserver_preload(["kdcore.api"])
 
     def run(self, trials: Sequence[Trial]) -> list[Trial]:
         """The trials with their facts or errors, in order."""
@@ -249,22 +250,25 @@ class _Pool:
     def _one(self, trial: Trial, number: int) -> Trial:
         facts = trial.path / "bench.json"
         if not facts.is_file():
-            env = dict(os.environ)
-            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
-            if "CUDA_VISIBLE_DEVICES" not in env and self.jobs > 1:
-                env["CUDA_VISIBLE_DEVICES"] = str(number % self.jobs)
-            command = [sys.executable, "-m", "kdcore.bench", str(_recipe_file(trial)), str(trial.path)]
-            ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-            if ended.returncode == 130:
+            device = number % self.jobs if self.jobs > 1 else None
+            threads = max(1, (os.cpu_count() or 1) // self.jobs)
+            process = self.context.Process(target=work, args=(_recipe_file(trial), trial.path, threads, device))
+            process.start()
+            process.join()
+            if process.exitcode == Interrupted.exit_code:
                 raise KeyboardInterrupt
-            if ended.returncode or not facts.is_file():
-                lines = ended.stderr.strip().splitlines() or [f"it ended with status {ended.returncode}"]
-                return replace(trial, error=lines[-1])
+            if process.exitcode or not facts.is_file():
+                lines = _log_file(trial.path).read_text(encoding="utf-8").strip().splitlines()
+                return replace(trial, error=lines[-1] if lines else f"it ended with status {process.exitcode}")
         return replace(trial, facts=json.loads(facts.read_text()))
 
 
 def _recipe_file(trial: Trial) -> Path:
     return trial.path.with_name(f"{trial.path.name}.yaml")
+
+
+def _log_file(run_dir: Path) -> Path:
+    return run_dir.with_name(f"{run_dir.name}.log")
 
 
 def _write_recipe(trial: Trial) -> None:
@@ -332,20 +336,32 @@ def _flat(node: Any, key: str = "") -> dict[str, Any]:
     return {k: v for part, value in items for k, v in _flat(value, f"{key}.{part}" if key else str(part)).items()}
 
 
-def main(recipe: str, run_dir: str) -> int:
-    """Run one trial here, and write its facts into its folder."""
+def work(recipe: Path, run_dir: Path, threads: int, device: int | None) -> None:
+    """Run one trial in this process, write its facts into its folder, and end the process.
+
+    Args:
+        recipe, run_dir: what to run, and where. What is printed goes into a file beside the folder.
+        threads: of torch, unless OMP_NUM_THREADS says how many.
+        device: the only one it may see, unless CUDA_VISIBLE_DEVICES says which.
+    """
     import resource
 
+    with _log_file(run_dir).open("w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if device is not None:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(device))
     import torch
 
     from kdcore import api
-    from kdcore.errors import KDError
 
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
     try:
         result = api.run(recipe, run_dir=run_dir)
     except KDError as error:
         print(error, file=sys.stderr)
-        return error.exit_code
+        sys.exit(error.exit_code)
     status = json.loads((result.path / "run.json").read_text())
     measured = {name.split()[1]: points[-1][1] for name, points in curves(result.path).items()}
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -357,8 +373,3 @@ def main(recipe: str, run_dir: str) -> int:
         "peak_memory": memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
     write_text(result.path / "bench.json", json.dumps(facts, indent=2))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
