@@ -209,19 +209,19 @@ def test_fitnets_makes_a_regressor_per_pair_of_layers_from_the_first_batch(layer
     loss = FitNets(FitNetsOptions(student_layers=layers, teacher_layers=layers))
     assert not list(loss.parameters())
     distilled(loss)
-    assert len(loss.regressors) == len(loss.names["student"])
+    assert len(loss.adapters) == len(loss.names["student"])
 
 
 def test_fitnets_regressors_are_trained_and_kept_with_the_stage_but_not_with_the_student(tmp_path):
     loss = FitNets()
     stage = distilled(loss)
-    mine = {name for name in stage.state_dict() if "regressors" in name}
-    assert {name.removeprefix("losses.features.regressors.0.") for name in mine} >= {"conv.weight", "bn.running_mean"}
-    before = loss.regressors[0].conv.weight.detach().clone()
+    mine = {name for name in stage.state_dict() if "adapters" in name}
+    assert {name.removeprefix("losses.features.adapters.0.") for name in mine} >= {"conv.weight", "bn.running_mean"}
+    before = loss.adapters[0].conv.weight.detach().clone()
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
     sum(stage(images()).values()).backward()
     optimizer.step()
-    assert not torch.equal(before, loss.regressors[0].conv.weight)
+    assert not torch.equal(before, loss.adapters[0].conv.weight)
     stage.student.save(tmp_path)
     assert set(load_file(tmp_path / "model.safetensors")) == set(Net(2).state_dict())
 
@@ -232,8 +232,8 @@ def test_fitnets_and_at_are_the_sums_over_their_layers():
         stage = distilled(loss)
         stage.eval()
         student, teacher = stage.student(images()), stage.teachers["teacher"](images())
-        pairs = list(zip(*loss.pairs(student, teacher), strict=True))
-        adapters = loss.regressors if make is FitNets else [nn.Identity()] * 2
+        pairs = loss.pairs(student, teacher, images())
+        adapters = loss.adapters if make is FitNets else [nn.Identity()] * 2
         function = functional.fitnet if make is FitNets else functional.at
         expected = sum(function(adapter(s), t) for adapter, (s, t) in zip(adapters, pairs, strict=True))
         torch.testing.assert_close(loss(student, teacher, images()), expected)
@@ -243,7 +243,8 @@ def test_at_takes_mode_and_power_from_its_options():
     loss = AT(ATOptions(mode="paper", p=4))
     stage = distilled(loss)
     student, teacher = stage.student(images()), stage.teachers["teacher"](images())
-    expected = functional.at(*loss.pairs(student, teacher), mode="paper", p=4)
+    ours, theirs = zip(*loss.pairs(student, teacher, images()), strict=True)
+    expected = functional.at(ours, theirs, mode="paper", p=4)
     torch.testing.assert_close(loss(student, teacher, images()), expected)
 
 
@@ -255,9 +256,9 @@ def test_unequal_numbers_of_layers_are_refused_with_the_names_of_both(make, opti
 
 
 @pytest.mark.parametrize(("make", "options"), [(FitNets, FitNetsOptions), (AT, ATOptions)])
-def test_tokens_instead_of_feature_maps_are_refused_with_layer_and_shape(make, options):
+def test_positions_that_make_no_square_are_refused_with_the_layer(make, options):
     loss = make(options(student_layers=["first"], teacher_layers=["first"]))
-    with pytest.raises(ModelError, match=r"the student's layer 'first' gives \[4, 8, 6\]; name convolutional"):
+    with pytest.raises(ModelError, match=r"the student's layers first: give 8 positions, which make no square"):
         distilled(loss, Tokens())
 
 

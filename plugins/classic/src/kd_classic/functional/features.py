@@ -165,10 +165,8 @@ def ab(
     for student, teacher in pairs(student_features, teacher_features):
         if student.shape != teacher.shape:
             raise ValueError(f"ab compares features of one shape, not {list(student.shape)} and {list(teacher.shape)}")
-        active = teacher > 0
-        above = (student + margin).square() * ((student > -margin) & ~active)
-        below = (student - margin).square() * ((student <= margin) & active)
-        losses.append((above + below).sum() / len(student))
+        missing = F.relu(torch.where(teacher > 0, -student, student) + margin)
+        losses.append(missing.square().sum() / len(student))
     return torch.stack([loss / 2 ** (len(losses) - 1 - i) for i, loss in enumerate(losses)]).sum() * (3 / 1000)
 
 

@@ -173,9 +173,9 @@ def dkd(
     if student_rows.shape[1] < 2:
         raise ValueError("dkd needs at least two classes, because it compares the target with the others")
     valid = labels != ignore_index
-    is_target = F.one_hot(labels.where(valid, 0), student_rows.shape[1]).bool()
-    student_split, student_others = _decouple(student_rows, is_target)
-    teacher_split, teacher_others = _decouple(teacher_rows, is_target)
+    labels = labels.where(valid, 0)
+    student_split, student_others = _decouple(student_rows, labels)
+    teacher_split, teacher_others = _decouple(teacher_rows, labels)
     values = alpha * kl(teacher_split, student_split) + beta * kl(teacher_others, student_others)
     return reduce_positions(temperature**2 * values, valid, target.shape, reduction)
 
@@ -471,12 +471,13 @@ def _check_same_classes(student: Tensor, teacher: Tensor) -> None:
     )
 
 
-def _decouple(rows: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+def _decouple(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities ``[N, 2]`` of (target, rest) and ``[N, C]`` within the rest, 0 at the target."""
-    rest = rows.masked_fill(is_target, -torch.inf)
-    target = rows.masked_fill(~is_target, 0.0).sum(dim=1)
-    split = torch.stack([target, rest.logsumexp(dim=1)], dim=1) - rows.logsumexp(dim=1, keepdim=True)
-    return split, rest.log_softmax(dim=1).masked_fill(is_target, 0.0)
+    target, column = rows.gather(1, labels[:, None]), labels[:, None]
+    rest = rows.scatter(1, column, -torch.inf)
+    others = rest.logsumexp(dim=1, keepdim=True)
+    split = torch.cat([target, others], dim=1)
+    return split.log_softmax(dim=1), (rest - others).scatter(1, column, 0.0)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
