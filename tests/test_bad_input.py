@@ -77,6 +77,19 @@ def refused(result) -> str:
         ("data.val_fraction=0.8", "data: val_fraction and test_fraction together", "less than a tenth"),
         ("losses=[{use: kd, teacher: big}]", "needs a teacher with the role 'big'", "the recipe names: teacher"),
         ("losses=[{use: kd, name: a.b}]", "losses.0.name:", "a.b"),
+        ("losses=[{use: kd, temperature: 0}]", "losses.0.temperature:", "greater than 0"),
+        ("losses=[{use: dist, tau: nan}]", "losses.0.tau:", "greater than 0"),
+        ("losses=[{use: rkd, weight: -1}]", "losses.0.weight:", "greater than or equal to 0"),
+        ("losses=[{use: at, student_layers: ['@0']}]", "losses.0:", "give both, or neither"),
+        ("losses=[{use: crd, negatives: 5000}]", "5000 negatives are asked for", "set fewer `negatives`"),
+        ("losses=[cwd]", "cwd compares score maps", "set `signal: layers`"),
+        ("losses=[deit]", "deit needs a student with a distillation token", "deit_tiny_distilled"),
+        ("losses=[{use: multi-teacher, weights: {big: 1}}]", "weights names big", "the teachers are teacher"),
+        (
+            "losses=[{use: mgd, student_layers: ['@1'], teacher_layers: ['@2']}]",
+            "the student's is [4, 4]",
+            "of one size",
+        ),
         ("train.grad_accumulation=3", "train.batch_size 8", "3 equal"),
         ("steps", "override 'steps'", "write key=value"),
         ("data='${nope}'", "nope", "not found"),
@@ -149,6 +162,16 @@ def test_a_tap_that_matches_nothing_lists_what_is_near_and_the_folder_is_free_fo
 def test_a_wrong_student_is_told_before_the_teacher_is_trained(kd, mine):
     said = refused(kd("run", mine, "teacher.train.steps=2", "student.checkpoint=nowhere"))
     assert "checkpoint nowhere: " in said
+
+
+def test_a_class_that_there_is_not_is_named_with_its_sample(here):
+    samples = [{"series": torch.randn(3), "label": torch.tensor(i % 4)} for i in range(16)]
+    net = nn.Linear(3, 3)
+    for split in ("train", "val"):
+        data = kdcore.DataModule({"train": samples[:3] * 5, "val": samples[:3], split: samples},
+                                 kdcore.Task("classification", num_classes=3))  # fmt: skip
+        with pytest.raises(UserError, match=rf"split '{split}', sample \d+: label 3, but the 3 classes are 0 to 2"):
+            kdcore.distill(nn.Linear(3, 3), net, data, "kd", train={"steps": 8, "batch_size": 4}, run_dir=f"r-{split}")
 
 
 def test_data_without_the_column_or_the_file_is_refused_with_the_near_names(kd, mine, tmp_path, monkeypatch):

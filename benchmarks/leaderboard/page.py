@@ -21,6 +21,8 @@ TITLES = {
     "mnist-vit": "Vision transformer to CNN, 8,000 digits",
     "fashion-cnn": "CNN to CNN, few shots: 720 images of clothes",
 }
+
+
 def section(name: str, folder: Path) -> str:
     """The Markdown of one bench; its picture is written beside the page."""
     saved = json.loads((folder / "leaderboard.json").read_text())
@@ -50,7 +52,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(folders: list[str]) -> None:
     """Write the page."""
-    parts = [(HERE / "intro.md").read_text().strip(), *(section(name, Path(folder)) for name, folder in zip(TITLES, folders, strict=True))]
+    intro = (HERE / "intro.md").read_text().strip()
+    parts = [intro, *(section(name, Path(folder)) for name, folder in zip(TITLES, folders, strict=True))]
     (DOCS / "leaderboard.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

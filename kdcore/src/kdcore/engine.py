@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kdcore import checkpoint
 from kdcore.data import derive_seed, seeded, to_device
@@ -116,6 +117,8 @@ class _Trainer:
         self.base_lrs = {o: [g["lr"] for g in opt.param_groups] for o, opt in self.optimizers.items()}
         unused = stage.find_unused_parameters or len(stage.objectives) > 1
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
+        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(stage, list(_alike(stage)))
         prepared = self.accelerator.prepare(stage, *self.optimizers.values())
         self.module: nn.Module = prepared[0]
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -291,6 +294,13 @@ class _Trainer:
         path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints,
                                {"metrics": self.stage.metrics})  # fmt: skip
         self.run.notify("kd_checkpoint_saved", stage=self.stage, path=path)
+
+
+def _alike(module: nn.Module) -> Iterator[str]:
+    """Buffers of modules with `same_everywhere`: large ones, say, that every process updates alike."""
+    for path, part in module.named_modules():
+        if getattr(part, "same_everywhere", False):
+            yield from (f"{path}.{name}" for name, _ in part.named_buffers())
 
 
 def own_storage(module: nn.Module) -> None:

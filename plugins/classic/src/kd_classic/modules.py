@@ -215,6 +215,8 @@ class ContrastMemory(nn.Module):
         momentum: share of a row that stays when its sample is seen.
     """
 
+    same_everywhere = True  # every process sees the whole batch; the banks need not be sent around
+
     def __init__(self, student_width: int, teacher_width: int, size: int, *, width: int = 128,
                  temperature: float = 0.07, momentum: float = 0.5) -> None:  # fmt: skip
         super().__init__()

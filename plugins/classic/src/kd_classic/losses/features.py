@@ -53,7 +53,7 @@ class Adapted(Layers):
     def adapted(self, pairs: Pairs, make: Callable[[Tensor, Tensor], nn.Module]) -> list[tuple[Any, Tensor, Tensor]]:
         """Adapter, student and teacher of each pair."""
         if not self.adapters:
-            self.adapters.extend(make(s, t) for s, t in pairs).to(pairs[0][0].device)
+            self.adapters.extend(make(s, t) for s, t in pairs).to(pairs[0][0].device).train(self.training)
         return [(a, s, t) for a, (s, t) in zip(self.adapters, pairs, strict=True)]
 
 
@@ -330,7 +330,7 @@ class BYOT(Loss):
         if not self.exits:
             made = [Exit(f.shape[1], pooled.shape[1], max(f.shape[2] // deepest.shape[2], 1), logits.shape[1])
                     for f in shallow]  # fmt: skip
-            self.exits.extend(made).to(logits.device)
+            self.exits.extend(made).to(logits.device).train(self.training)
         exits = [branch(f) for branch, f in zip(self.exits, shallow, strict=True)]
         target = need_target(logits, batch, "byot")
         o = self.options

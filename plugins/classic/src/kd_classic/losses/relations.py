@@ -92,7 +92,8 @@ class CRD(Vectors):
         if self.memory is None:
             o = self.options
             self.memory = ContrastMemory(ours.shape[1], theirs.shape[1], size, width=o.width,
-                                         temperature=o.temperature, momentum=o.momentum).to(ours.device)  # fmt: skip
+                                         temperature=o.temperature, momentum=o.momentum)  # fmt: skip
+            self.memory.to(ours.device).train(self.training)
             self.seed = int(torch.randint(2**62, ()))
         index: Tensor = batch["index"]
         samples = index.tolist()
