@@ -98,7 +98,7 @@ class Structural(Distill):
     def optimizers(self, train: TrainOptions) -> dict[str, Optimizer]:
         """The recipe's for the student, Adam for the critic."""
         assert self.critic is not None
-        critic = set(self.critic.parameters())
-        student = [p for p in self.parameters() if p not in critic]
+        critic = list(self.critic.parameters())
+        student = [p for name, p in self.named_parameters() if not name.startswith("critic.")]
         return {"student": make_optimizer(student, train.optimizer),
                 "critic": Adam(critic, lr=self.options.discriminator_lr, betas=(0.9, 0.99))}  # fmt: skip
