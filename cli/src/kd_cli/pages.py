@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +70,20 @@ def bars(board: Sequence[Standing]) -> str:
         axes.errorbar(gain, row, xerr=[[gain - low], [high - gain]], fmt="o", capsize=3,
                       color="#1b7f4b" if sure and gain > 0 else "#b03030" if sure else "#888888")  # fmt: skip
     axes.axvline(0, color="#222222", linewidth=1)
-    axes.set_yticks(range(len(shown)), [s.method for s in shown])
-    axes.set_xlabel(f"gain in {board[0].metric} over the student alone, with its 95 % interval" if board else "")
+    axes.set_yticks(range(len(shown)), [s.method if len(s.method) < 36 else f"{s.method[:34]}…" for s in shown])
+    if scale := 2 * statistics.median([abs(s.gain or 0.0) for s in shown] or [0.0]):
+        axes.set_xscale("symlog", linthresh=scale)  # a method that fails must not hide what the others do
+        ends = max(abs(end) for end in axes.get_xlim())
+        marks = [m * 10.0**k for k in range(-6, 6) for m in (1, 3) if scale <= m * 10.0**k <= ends]
+        axes.set_xticks(
+            [*(-mark for mark in marks), 0.0, *marks], [f"{m:g}" for m in (*(-m for m in marks), 0, *marks)]
+        )
+        axes.minorticks_off()
+        axes.axvspan(-scale, scale, color="#f2f2f2", zorder=0)
+        axes.set_xlabel(
+            "gain over the student alone with its 95 % interval\n(linear where it is grey, logarithmic outside)"
+        )
+    axes.grid(axis="x", color="#dddddd", linewidth=0.5)
     return _svg(figure)
 
 
