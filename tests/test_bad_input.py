@@ -147,7 +147,7 @@ def test_a_recipe_that_is_not_there_is_refused(kd):
     [
         ("stge1", "did you mean 'stage1'"),
         ("@7", "the model has 3 stages: stage1, stage2, stage3"),
-        ("stage1:inptu", "after the colon comes 'input' or 'output'"),
+        ("stage1:inptu", "after the colon comes 'input', 'output' or 'pre'"),
     ],
 )
 def test_a_tap_that_matches_nothing_lists_what_is_near_and_the_folder_is_free_for_the_next_try(kd, mine, tap, said):

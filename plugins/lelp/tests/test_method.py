@@ -315,7 +315,7 @@ class Cosine(Teacher):
         ({"teacher": Cosine()}, ModelError, "no nn.Linear from its embedding .32. to its logits .2..*null_space=false"),
         ({"outputs": 2}, ModelError, "2 classes x 4 subclasses = 8 outputs, .*has shape|logits have shape"),
         ({"data": [(x,) for x, _ in blobs()], "alpha": 0.5}, ModelError, "alpha > 0 weighs the labels in"),
-        ({"data": [(x, y + 5) for x, y in blobs()]}, ModelError, "label 6 does not fit a teacher of 2 classes"),
+        ({"data": [(x, y + 5) for x, y in blobs()]}, DataError, "label 5, but the 2 classes are 0 to 1"),
         ({"task": Task("regression", num_classes=1)}, DataError, "this is a 'regression' task"),
     ],
     ids=["no embedding", "no linear head", "narrow student", "no labels", "wrong labels", "regression"],
