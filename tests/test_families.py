@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from kd_timm.models import timm_model
+from kd_timm.models import stages, timm_model
 from kd_timm.options import TimmOptions
 from kd_transformers.build import stages_of
 from kdcore import DataModule, Distill, Model, PluginManager, Task
@@ -83,6 +84,15 @@ def test_the_overhaul_takes_its_margins_from_a_cnn_and_refuses_a_transformer():
     assert train_once("ofd", picture_model("test_vit"), picture_model("test_resnet"))
     with pytest.raises(ModelError, match="batch norm"):
         train_once("ofd", picture_model("test_resnet"), picture_model("test_vit"))
+
+
+def test_maps_with_channels_last_are_turned():
+    net = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=3, embed_dim=12,
+                            depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))  # fmt: skip
+    model = Model(net, stages=stages(net), channels_last=net.output_fmt == "NHWC")
+    names = model.tap("@all")
+    features = model({"image": torch.rand(2, 3, 64, 64)}).features
+    assert [tuple(features[name].shape[1:]) for name in names] == [(12, 16, 16), (24, 8, 8), (48, 4, 4), (96, 2, 2)]
 
 
 def test_padding_does_not_count_for_losses_by_position():

@@ -101,6 +101,7 @@ class Model(nn.Module):
         save: `save(folder)` writes the native format. Default: `model.safetensors` with the module's state.
         labels: what the logits mean.
         stages: module names of the network's stages, shallow to deep: what the taps `@0`, `@-1` and `@all` refer to.
+        channels_last: whether the stages' maps are `[B, H, W, C]`; their taps are turned to `[B, C, H, W]`.
     """
 
     def __init__(
@@ -111,9 +112,11 @@ class Model(nn.Module):
         save: Callable[[Path], None] | None = None,
         labels: Labels | None = None,
         stages: Sequence[str] = (),
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.module = module
+        self.channels_last = channels_last
         self.labels = labels or Labels()
         self.stages = tuple(stages)
         self.frozen = False
@@ -129,6 +132,9 @@ class Model(nn.Module):
         if self._taps:
             outputs.features = {name: self._caught[name] for name in self._taps if name in self._caught}
             self._caught = {}
+            for name in outputs.features if self.channels_last else ():
+                if name.partition(":")[0] in self.stages and outputs.features[name].ndim == 4:
+                    outputs.features[name] = outputs.features[name].movedim(-1, 1)
         return outputs
 
     def tap(self, *patterns: str) -> list[str]:

@@ -48,7 +48,8 @@ def timm_model(options: TimmOptions, task: Task) -> Model:
     reader = Reader(network, task, options.image_size)
     names = network.pretrained_cfg.get("label_names") if options.checkpoint else None
     labels = Labels(network.num_classes, tuple(names if isinstance(names, list) else task.classes) or None)
-    return Model(network, reader.read, save=reader.save, labels=labels, stages=stages(network))
+    last = getattr(network, "output_fmt", None) == "NHWC"  # Swin and its kin
+    return Model(network, reader.read, save=reader.save, labels=labels, stages=stages(network), channels_last=last)
 
 
 def stages(network: nn.Module) -> list[str]:
