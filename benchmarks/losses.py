@@ -172,7 +172,12 @@ def main() -> None:
             if given.only and name != given.only:
                 continue
             torch.testing.assert_close(pair[0](student, *rest), pair[1](student, *rest), rtol=1e-4, atol=1e-5)
-            times = [[seconds(loss, student, tuple(rest)) for loss in pair] for _ in range(given.rounds + 3)][3:]
+            times = []
+            for number in range(given.rounds + 4):  # in turn, and each first every other time
+                order = pair if number % 2 else pair[::-1]
+                found = [seconds(loss, student, tuple(rest)) for loss in order]
+                times.append(found if number % 2 else found[::-1])
+            times = times[4:]
             ours, plain = (statistics.median(column) for column in zip(*times, strict=True))
             ratios.append(statistics.median(a / b for a, b in times))
             print(f"{name:18}{1e3 * ours:10.3f}{1e3 * plain:10.3f}{ratios[-1]:8.2f}")

@@ -165,7 +165,8 @@ def ab(
     for student, teacher in pairs(student_features, teacher_features):
         if student.shape != teacher.shape:
             raise ValueError(f"ab compares features of one shape, not {list(student.shape)} and {list(teacher.shape)}")
-        missing = F.relu(torch.where(teacher > 0, -student, student) + margin)
+        sign = 1 - 2 * (teacher > 0).to(student.dtype)
+        missing = F.relu(student * sign + margin)
         losses.append(missing.square().sum() / len(student))
     return torch.stack([loss / 2 ** (len(losses) - 1 - i) for i, loss in enumerate(losses)]).sum() * (3 / 1000)
 

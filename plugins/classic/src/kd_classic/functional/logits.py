@@ -247,18 +247,18 @@ def wsld(
     Raises:
         ValueError: if shapes or class counts differ or T <= 0.
     """
-    student, teacher = soften(student_logits, teacher_logits, temperature, standardize)
-    soft_student, soft_teacher = flatten_positions(student)[0], flatten_positions(teacher)[0]
+    _check_same_classes(student_logits, teacher_logits)
     student_rows, labels = flatten_positions(at_least_float32(student_logits), target)
     teacher_rows, _ = flatten_positions(at_least_float32(teacher_logits.detach()))
     assert labels is not None
+    student, teacher = soften(student_rows, teacher_rows, temperature, standardize)
     hard = F.cross_entropy(student_rows, labels, ignore_index=ignore_index, reduction="none")
     with torch.no_grad():
+        valid = labels != ignore_index
         theirs = F.cross_entropy(teacher_rows, labels, ignore_index=ignore_index, reduction="none")
-        weight = 1 - torch.exp(-hard / (theirs + 1e-7))
-    soft = F.cross_entropy(soft_student, soft_teacher.softmax(dim=1), reduction="none")
-    values = hard + alpha * temperature**2 * weight * soft
-    return reduce_positions(values, labels != ignore_index, target.shape, "mean")
+        weight = alpha * temperature**2 * (1 - torch.exp(-hard / (theirs + 1e-7))) * valid
+    soft = torch.linalg.vecdot(teacher.softmax(dim=1), F.log_softmax(student, dim=1))
+    return (hard.sum() - weight.dot(soft)) / valid.sum().clamp(min=1)
 
 
 def lsr(
