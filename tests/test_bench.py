@@ -96,6 +96,16 @@ def test_runs_are_compared_by_what_they_reached_and_where_they_differ(folder, tm
         kdcore.compare([where])
 
 
+def test_where_lower_is_better_the_lowest_comes_first(tmp_path):
+    for name, value in (("a", 2.0), ("b", 1.0), ("c", 3.0)):
+        (tmp_path / name).mkdir()
+        facts = {"metrics": {"val/mse": value}, "higher_is_better": False, "timings": {"s": {"seconds": 1.0}}}
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+        (tmp_path / name / "recipe.yaml").write_text(f"method: {{use: kd}}\ndata: {{use: digits}}\nseed: {value:.0f}\n")
+    rows = kdcore.compare([tmp_path / name for name in "abc"])
+    assert [(row["val/mse"], row["seed"]) for row in rows] == [(1.0, 1), (2.0, 2), (3.0, 3)]
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [(["nosuch"], "unknown method 'nosuch'"), (["kd", "kd,temprature=3"], "kd,temprature=3: .*\n.*did you mean"),

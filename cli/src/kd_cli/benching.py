@@ -60,17 +60,10 @@ def bench(
 
     with contextlib.nullcontext() if as_json else _progress() as told:
         board = kdcore.bench(methods, recipe, overrides or (), seeds=seeds, run_dir=run_dir, jobs=jobs, on_trial=told)
-    from kd_cli import pages
-
-    rows = [describe(standing) for standing in board]
     command = " ".join(["kd bench", *methods, *(["--recipe", recipe] if recipe else []),
                         *(f"--set {change}" for change in overrides or ()), f"--seeds {seeds}"])  # fmt: skip
-    try:
-        pages.write_csv(run_dir / "leaderboard.csv", rows)
-        pages.write_json(run_dir / "leaderboard.json", {"command": command, "standings": board})
-        pages.write_html(run_dir / "leaderboard.html", "Leaderboard", command, rows, pages.bars(board))
-    except OSError as error:
-        raise UserError(f"{run_dir}: the leaderboard cannot be written: {error.strerror}") from None
+    rows = [describe(standing) for standing in board]
+    _write(run_dir, command, board, rows)
     if as_json:
         tables.print_json({"command": command, "standings": board})
     else:
@@ -82,6 +75,22 @@ def bench(
         say("failed", f"{method}, seed {seed}: {cause}")
     if failed:
         raise typer.Exit(1)
+
+
+def _write(run_dir: Path, command: str, board: Sequence[Standing], rows: Sequence[dict[str, str]]) -> None:
+    """Write the leaderboard into the folder, in each format.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    from kd_cli import pages
+
+    try:
+        pages.write_csv(run_dir / "leaderboard.csv", rows)
+        pages.write_json(run_dir / "leaderboard.json", {"command": command, "standings": board})
+        pages.write_html(run_dir / "leaderboard.html", "Leaderboard", command, rows, pages.bars(board))
+    except OSError as error:
+        raise UserError(f"{run_dir}: the leaderboard cannot be written: {error.strerror}") from None
 
 
 def describe(standing: Standing) -> dict[str, str]:

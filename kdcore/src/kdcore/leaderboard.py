@@ -122,7 +122,7 @@ def bench(
               for name, seed in itertools.product(entries, numbers)]  # fmt: skip
     for trial in trials:
         _check(trial, base, manager)
-    pool = _Pool(jobs or _slots(), len(first) + len(trials), on_trial)
+    pool = _Pool(jobs, len(first) + len(trials), on_trial)
     taught = pool.run(first)
     if failed := [trial for trial in taught if trial.error]:
         raise RecipeError(f"the {failed[0].name} could not be trained: {failed[0].error}")
@@ -213,17 +213,22 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=-]+", "_", name)
 
 
-def _slots() -> int:
+def _devices() -> list[str]:
+    """Names of the CUDA devices that trials may have, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
 class _Pool:
     """Runs trials, so many at a time, each in its own process and on a device of its own where there are several."""
 
-    def __init__(self, jobs: int, total: int, on_trial: Callable[[Trial, int], None] | None) -> None:
-        self.jobs, self.total, self.on_trial = jobs, total, on_trial
+    def __init__(self, jobs: int | None, total: int, on_trial: Callable[[Trial, int], None] | None) -> None:
+        self.devices = _devices()
+        self.jobs = jobs or len(self.devices) or os.cpu_count() or 1
+        self.total, self.on_trial = total, on_trial
         forks = "forkserver" in multiprocessing.get_all_start_methods()
         self.context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:  # the imports, which take seconds, are then made once
@@ -250,7 +255,7 @@ class _Pool:
     def _one(self, trial: Trial, number: int) -> Trial:
         facts = trial.path / "bench.json"
         if not facts.is_file():
-            device = number % self.jobs if self.jobs > 1 else None
+            device = self.devices[number % len(self.devices)] if len(self.devices) > 1 else None
             threads = max(1, (os.cpu_count() or 1) // self.jobs)
             process = self.context.Process(target=work, args=(_recipe_file(trial), trial.path, threads, device))
             process.start()
@@ -293,12 +298,12 @@ def _write_recipe(trial: Trial) -> None:
 def compare(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Finished runs side by side, the best first by the first one's first metric.
 
-    Each row holds `run`, `status`, the metrics, `seconds` of training, and those keys of the recipes that differ.
+    Each row holds `run`, the metrics, `seconds` of training, and those keys of the recipes that differ.
 
     Raises:
         RunFolderError: if a folder is no run, or one has no results yet.
     """
-    rows, recipes = [], []
+    rows, recipes, signs = [], [], []
     for path in map(Path, run_dirs):
         if not (path / "run.json").is_file():
             raise RunFolderError(f"{path} is not a run folder: it has no run.json")
@@ -308,14 +313,14 @@ def compare(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
         seconds = sum(timing["seconds"] for timing in status["timings"].values())
         rows.append({"run": str(path), **status["metrics"], "seconds": seconds})
         recipes.append(_flat(load(path / "recipe.yaml")))
-        sign = 1 if status["higher_is_better"] else -1
+        signs.append(1 if status["higher_is_better"] else -1)
     for key in dict.fromkeys(itertools.chain.from_iterable(recipes)):
         values = [recipe.get(key) for recipe in recipes]
         if any(value != values[0] for value in values):
             for row, value in zip(rows, values, strict=True):
                 row[key] = value
-    metric = next(key for key in rows[0] if key not in ("run", "seconds")) if rows else ""
-    return sorted(rows, key=lambda row: -sign * float(row.get(metric, "-inf")))
+    metric = next((key for row in rows for key in row if key != "run"), "")
+    return sorted(rows, key=lambda row: (metric not in row, -signs[0] * row.get(metric, 0.0)))
 
 
 def curves(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
@@ -336,13 +341,13 @@ def _flat(node: Any, key: str = "") -> dict[str, Any]:
     return {k: v for part, value in items for k, v in _flat(value, f"{key}.{part}" if key else str(part)).items()}
 
 
-def work(recipe: Path, run_dir: Path, threads: int, device: int | None) -> None:
+def work(recipe: Path, run_dir: Path, threads: int, device: str | None) -> None:
     """Run one trial in this process, write its facts into its folder, and end the process.
 
     Args:
         recipe, run_dir: what to run, and where. What is printed goes into a file beside the folder.
         threads: of torch, unless OMP_NUM_THREADS says how many.
-        device: the only one it may see, unless CUDA_VISIBLE_DEVICES says which.
+        device: the only CUDA device it may see, where there are several.
     """
     import resource
 
@@ -350,7 +355,7 @@ def work(recipe: Path, run_dir: Path, threads: int, device: int | None) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if device is not None:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(device))
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     import torch
 
     from kdcore import api

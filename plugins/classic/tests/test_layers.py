@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from kd_classic import losses
+from kd_classic.functional import ofd_margin
 from kd_classic.layers import as_map, choose
+from kd_classic.options import OFDOptions
 from kd_demo.models import cnn, transformer
 from kd_demo.models import vit as make_vit
 from kd_demo.options import CNNOptions, DigitsOptions, TopicsOptions, TransformerOptions, ViTOptions
@@ -152,3 +154,25 @@ def test_embeddings_come_from_the_model_or_else_from_the_input_of_its_classifier
     assert loss.names == {"student": ["3:input"], "teacher": []}
     torch.testing.assert_close(loss.vectors("student", plain(batch), batch), plain(batch).features["3:input"])
     torch.testing.assert_close(loss.vectors("teacher", Outputs(embedding=batch["theirs"]), batch), batch["theirs"])
+
+
+def test_the_overhaul_takes_named_norms_and_the_batchs_statistics():
+    found, student = build("cnn")
+    _, teacher = build("cnn", wide=True)
+    layers = {"student_layers": ["@-1:pre"], "teacher_layers": ["@-1:pre"]}
+    loss = losses.OFD(OFDOptions(**layers, teacher_norms=["stage3.0.bn1"], teacher_batch_statistics=True))
+    norm = teacher.module.get_submodule("stage3.0.bn1")
+    nn.init.normal_(norm.bias)
+    Distill(student, [Weighted(loss)], teacher)
+    torch.testing.assert_close(loss.margins.margin0, ofd_margin(norm.weight, norm.bias))
+    first, second = (teacher({"image": found.sample("train", size)["image"]}).logits[:4] for size in (4, 8))
+    assert not torch.allclose(first, second)  # what a sample gives depends on the batch it is in
+    with pytest.raises(ModelError, match="names 1 batch norms for 3 layers"):
+        Distill(student, [Weighted(losses.OFD(OFDOptions(teacher_norms=["stage3.0.bn1"])))], teacher)
+
+
+def test_modules_made_for_the_first_batch_learn_nothing_from_it():
+    made, _ = stage("fitnets", "cnn", "cnn")
+    adapter = made.losses["it"].adapters[0]
+    assert not adapter.bn.running_mean.any()
+    assert adapter.training

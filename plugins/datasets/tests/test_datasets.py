@@ -145,6 +145,15 @@ def test_text_is_tokenised_and_padded_to_the_longest_of_the_batch(reviews, token
     assert data.task.tokenizer.decode([9, 2]) == "a good"
 
 
+def test_samples_kept_in_memory_are_made_once_and_cannot_be_spoilt(reviews, tokenizer):
+    data = load(reviews, text="review", label="sentiment", tokenizer=str(tokenizer), in_memory=True)
+    split = data["train"]
+    split[0]["label"] = None
+    assert split[0]["label"] is not None
+    assert split[0]["input_ids"] is split[0]["input_ids"]
+    assert data.labels("train").tolist() == [int(split[i]["label"]) for i in range(len(split))]
+
+
 def test_a_language_models_labels_are_the_next_tokens(reviews, tokenizer):
     data = load(reviews, text="review", tokenizer=str(tokenizer))
     assert (data.task.kind, data.task.num_classes) == ("causal-lm", len(WORDS) + 2)

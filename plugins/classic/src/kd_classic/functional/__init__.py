@@ -17,20 +17,9 @@ from kd_classic.functional.features import (
     pool_to_smaller,
     vid,
 )
-from kd_classic.functional.logits import (
-    byot,
-    cross_entropy,
-    deit,
-    dist,
-    dkd,
-    flatten_positions,
-    kd,
-    logit_standardize,
-    lsr,
-    tfkd_reg,
-    wsld,
-)
+from kd_classic.functional.logits import cross_entropy, dist, dkd, flatten_positions, kd, logit_standardize
 from kd_classic.functional.maps import cwd, skd_pairwise, skd_pixelwise
+from kd_classic.functional.objectives import byot, deit, lsr, tfkd_reg, wsld
 from kd_classic.functional.relations import crd, pkt, rkd, rkd_angle, rkd_distance, sp
 
 __all__ = [

@@ -220,8 +220,7 @@ class ReviewKD(Adapted):
                   (("student", student), ("teacher", teacher))]  # fmt: skip
         pairs.append((pooled[0], pooled[1]))
         width = min(self.options.width, pairs[-1][0].shape[1])
-        deepest = iter([False] * (len(pairs) - 1) + [True])
-        made = self.adapted(pairs, lambda s, t: ABF(s.shape[1], width, t.shape[1], fuse=not next(deepest)))
+        made = self.adapted(pairs, lambda s, t: ABF(s.shape[1], width, t.shape[1], fuse=t is not pooled[1]))
         residual: Tensor | None = None
         ours, theirs = [], []
         for fusion, features, target in reversed(made):
