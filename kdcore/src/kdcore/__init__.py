@@ -14,13 +14,16 @@ from kdcore.plugins import PluginManager
 if TYPE_CHECKING:
     from kdcore.api import distill, evaluate, load_student, plan, run
     from kdcore.data import DataModule, Task
+    from kdcore.generate import GenerateStage
     from kdcore.leaderboard import bench, compare
     from kdcore.losses import Loss
     from kdcore.models import Model, Outputs
-    from kdcore.options import Options
+    from kdcore.options import Options, Sampling
     from kdcore.recipe import recipe_schema
     from kdcore.runner import Result, Run
+    from kdcore.search import SearchStage, Trial
     from kdcore.stages import Distill, FitStage, Method, Roles, Stage, TrainStage
+    from kdcore.text import Answer, TextTeacher
 
 __version__ = "0.1.0"
 
@@ -28,12 +31,15 @@ _LAZY = {
     "api": ("distill", "evaluate", "load_student", "plan", "run"),
     "leaderboard": ("bench", "compare"),
     "data": ("DataModule", "Task"),
+    "generate": ("GenerateStage",),
     "losses": ("Loss",),
     "models": ("Model", "Outputs"),
-    "options": ("Options",),
+    "options": ("Options", "Sampling"),
     "recipe": ("recipe_schema",),
     "runner": ("Result", "Run"),
+    "search": ("SearchStage", "Trial"),
     "stages": ("Distill", "FitStage", "Method", "Roles", "Stage", "TrainStage"),
+    "text": ("Answer", "TextTeacher"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -47,7 +53,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "Component", "DataModule", "Distill", "FitStage", "KDError", "Loss", "Method", "Model", "Options", "Outputs",
-    "Paper", "PluginManager", "Result", "Roles", "Run", "Stage", "Task", "TrainStage", "UserError", "__version__",
-    "bench", "compare", "distill", "evaluate", "hookimpl", "load_student", "plan", "recipe_schema", "run",
+    "Answer", "Component", "DataModule", "Distill", "FitStage", "GenerateStage", "KDError", "Loss", "Method", "Model",
+    "Options", "Outputs", "Paper", "PluginManager", "Result", "Roles", "Run", "Sampling", "SearchStage", "Stage",
+    "Task", "TextTeacher", "TrainStage", "Trial", "UserError", "__version__", "bench", "compare", "distill", "evaluate",
+    "hookimpl", "load_student", "plan", "recipe_schema", "run",
 ]  # fmt: skip

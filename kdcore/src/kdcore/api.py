@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from kdcore import folder
 from kdcore.adopt import as_data_module
+from kdcore.card import run_facts
 from kdcore.components import Component
 from kdcore.data import DataModule, Task
 from kdcore.errors import DataError, Interrupted, ModelError, RunFolderError, UserError
@@ -22,7 +23,7 @@ from kdcore.models import FromColumns, Model, Source
 from kdcore.options import Download
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Resolved, find_recipe, load, resolve
-from kdcore.runner import Result, Run, run_facts
+from kdcore.runner import Result, Run
 from kdcore.stages import Method, Supervised, check_roles
 
 
@@ -208,9 +209,10 @@ def load_student(run_dir: str | Path, overrides: Iterable[str] = (),
     data = load(path / "recipe.yaml", overrides)
     if data["data"]["use"] == "given:given":
         raise RunFolderError(f"{path} was made from Python objects; load {where} in Python instead")
-    data["students"][role] = {**data["students"][role], "checkpoint": str(where)}
+    if named := role in data.get("students", {}):
+        data["students"][role] = {**data["students"][role], "checkpoint": str(where)}
     run = Run(resolve(data, manager, str(path / "recipe.yaml")), manager, path)
-    return run, run.method.restore(run.model(role), where)
+    return run, run.method.restore(run.model(role) if named else None, where)
 
 
 def student_folder(path: Path, role: str = "student") -> Path:

@@ -1,9 +1,16 @@
-"""The model card that a run leaves beside its student."""
+"""What a run says of itself: the facts in `run.json`, and the model card beside its student."""
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
+import subprocess
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from kdcore.runner import Run
@@ -36,3 +43,26 @@ def model_card(run: Run, metrics: Mapping[str, float]) -> str:
 
 def _options(extra: Mapping[str, object] | None) -> str:
     return ", ".join(f"{key}={value}" for key, value in (extra or {}).items())
+
+
+def run_facts(run: Run, status: Mapping[str, Any]) -> dict[str, Any]:
+    """What `run.json` says of a run when it starts or resumes."""
+    versions = {name: metadata.version(name) for name in ("kdcore", "torch", "accelerate")}
+    return {"status": "running", "pid": os.getpid(), "seed": run.seed, "started": status.get("started", now()),
+            "resumed": run.folder is not None and run.folder.resumed, "method": run.recipe.method.use,
+            "versions": {"python": platform.python_version(), **versions}, "git": _git(), "error": None,
+            "hardware": {"device": str(run.device), "processes": run.accelerator.num_processes,
+                         "threads": torch.get_num_threads(), "machine": platform.machine()}}  # fmt: skip
+
+
+def _git() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def now() -> str:
+    """The time, as ISO 8601 in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

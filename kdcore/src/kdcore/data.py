@@ -366,5 +366,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor on the device; copies from pinned memory do not block."""
+    """The batch with every tensor on the device, and whatever else knows how to go there (a graph, say); copies from
+    pinned memory do not block."""
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if not isinstance(batch, Tensor) and hasattr(batch, "to"):
+        return batch.to(device)
     return map_tensors(batch, lambda t: t if t.device == device else t.to(device, non_blocking=True))

@@ -19,6 +19,7 @@ from kdcore import checkpoint
 from kdcore.data import derive_seed, seeded, to_device
 from kdcore.errors import DataError, Interrupted, ModelError, RecipeError, RunFailed
 from kdcore.losses import Progress, count_samples
+from kdcore.metrics import metric_names
 from kdcore.models import Batch
 from kdcore.recipe import ScheduleOptions
 from kdcore.stages import TrainStage
@@ -41,11 +42,12 @@ def train(run: Run, stage: TrainStage, workspace: Path) -> None:
 
 def prepare(run: Run, stage: TrainStage) -> None:
     """Put a stage and its frozen models on the device and make its lazy adapters, without touching any random state."""
+    data = stage.data or run.data
     stage.to(run.device)
-    stage.setup(run.data)
+    stage.setup(data)
     for model in stage.frozen.values():
         model.to(run.device).eval()
-    batches = {name: to_device(run.data.sample(name), run.device) for name in stage.splits}
+    batches = {name: to_device(data.sample(name), run.device) for name in stage.splits}
     batch = batches if len(stage.splits) > 1 else next(iter(batches.values()))
     stage.eval()
     try:
@@ -58,8 +60,9 @@ def prepare(run: Run, stage: TrainStage) -> None:
 
 def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[str, float]:
     """The metrics of what a stage evaluates, on a split; the same on every process."""
-    accelerator, data = run.accelerator, run.data
-    metrics = stage.make_metrics(data.task, run.metric_names, run.device)
+    accelerator, data = run.accelerator, stage.data or run.data
+    names = run.metric_names if data is run.data else metric_names(data.task)
+    metrics = stage.make_metrics(data.task, names, run.device)
     was_training = stage.training
     stage.eval()
     with torch.no_grad(), accelerator.autocast():
@@ -91,7 +94,7 @@ class _Trainer:
 
     def __init__(self, run: Run, stage: TrainStage, workspace: Path) -> None:
         self.run, self.stage, self.checkpoints = run, stage, workspace / "checkpoints"
-        self.accelerator, self.data = run.accelerator, run.data
+        self.accelerator, self.data = run.accelerator, stage.data or run.data
         self.options = options = run.recipe.train_for(stage.name, stage.overrides)
         self.per_epoch = self.data.steps_per_epoch(stage.splits[0], options.batch_size)
         if options.steps is None and self.per_epoch is None:

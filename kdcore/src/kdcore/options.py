@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,17 @@ class Options(BaseModel):
     def downloads(self) -> list[Download]:
         """What building the component would fetch, without fetching it. Called by `kd run --dry-run`."""
         return []
+
+
+class Sampling(Options):
+    """How a text teacher draws its answers."""
+
+    max_tokens: int = Field(128, gt=0, description="tokens of an answer, at most")
+    temperature: float = Field(1.0, ge=0, description="temperature; 0 takes the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus: the likeliest tokens with this probability together")
+    n: int = Field(1, gt=0, description="answers to each prompt")
+    stop: tuple[str, ...] = Field((), description="texts at which an answer ends; they are not part of it")
+    presence_penalty: float = Field(0.0, description="taken from the logit of a token that is there already")
+    frequency_penalty: float = Field(0.0, description="the same for each time that it is there")
+    logprobs: bool = Field(False, description="ask for the log-probability of each answer")
+    json_schema: dict[str, Any] | None = Field(None, description="JSON Schema that every answer has to fit")

@@ -5,24 +5,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import os
-import platform
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from kdcore import engine, folder
-from kdcore.card import model_card
+from kdcore.card import model_card, now
 from kdcore.components import Kind
 from kdcore.data import DataModule, derive_seed, seeded
 from kdcore.errors import DataError, ModelError, RecipeError
@@ -33,6 +29,7 @@ from kdcore.models import Model, Source, check_pair
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Recipe, Resolved
 from kdcore.stages import Method, Stage, Supervised, TrainStage, check_roles
+from kdcore.text import TextTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +75,7 @@ class Run:
         self.folder: RunFolder | None = None
         self.stop_reason: str | None = None
         self.rows: list[dict[str, Any]] = []
+        self.extra_metrics: dict[str, tuple[float, bool]] = {}
         self.timings: dict[str, dict[str, float]] = {}
         self.models: dict[str, Source] = {}
         self.data: DataModule = self.given.get("data") or self._target("data", self.recipe.data.use)(
@@ -87,6 +85,7 @@ class Run:
         check_roles(self.method, self.recipe, self.given)
         self._check_splits()
         self._index = 0
+        self._adopted: dict[str, Model] = {}
         self._seen: set[str] = set()
 
     # -- what a method asks for ----------------------------------------------------------------------------------
@@ -119,6 +118,25 @@ class Run:
         """All teachers of the recipe, by role."""
         return {role: self.model(role) for role in [*self.recipe.teachers, *self.given.get("teachers", ())]}
 
+    def text_teacher(self, role: str = "teacher") -> TextTeacher:
+        """The teacher of a role that answers with text.
+
+        Raises:
+            ModelError: if it is of another kind.
+        """
+        found: Any = self.model(role)
+        if not isinstance(found, TextTeacher):
+            spec = self.recipe.teachers.get(role)
+            raise ModelError(f"method {self.recipe.method.use!r} asks its teacher for text, which "
+                             f"teachers.{role} ({spec.use if spec else type(found).__name__}) does not give; "
+                             "teachers that do: kd list teacher --tag text-teacher")  # fmt: skip
+        return found
+
+    def adopt(self, role: str, model: Model) -> None:
+        """From here on the student of a role is this model: one that the method found, or made of a teacher."""
+        self.models[role] = model
+        self._adopted[role] = model
+
     def losses(self) -> list[Weighted]:
         """The recipe's `losses:` list."""
         return [Weighted(self.loss(spec.use, self.resolved.options[f"losses.{i}"]), spec.weight, spec.name or spec.use,
@@ -149,6 +167,10 @@ class Run:
     def add_row(self, name: str, model: Model) -> None:
         """Add a line to the comparison table: a model's metrics on the splits of `eval.on`."""
         self.rows.append({"model": name, **self._final_metrics(model)})
+
+    def add_metric(self, name: str, value: float, higher_is_better: bool = True) -> None:
+        """Add a metric to the result that the task's do not have, as `split/name`; the same on every process."""
+        self.extra_metrics[name] = (value, higher_is_better)
 
     # -- what the engine asks for --------------------------------------------------------------------------------
 
@@ -220,7 +242,9 @@ class Run:
         return self._finish()
 
     def _train_role(self, role: str, overrides: Mapping[str, Any]) -> None:
-        stage = Supervised(self.model(role), self.data.task, name=role, role=role)
+        if not isinstance(model := self.model(role), Model):
+            raise RecipeError(f"{role}.train: a {type(model).__name__} cannot be trained; leave `train` out")
+        stage = Supervised(model, self.data.task, name=role, role=role)
         stage.overrides = overrides
         self._stage(stage)
 
@@ -251,6 +275,8 @@ class Run:
             facts["metrics"] = stage.metrics
         else:
             set_seed(derive_seed(self.seed, stage.name) % 2**31)
+            stage.share(self, where)
+            self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             temporary = where / "artifact.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -276,6 +302,7 @@ class Run:
         result = Result(self.path, rows=self.rows, student=students.get("student", next(iter(students.values()), None)))
         if result.student is not None:
             result.metrics = self._final_metrics(result.student)
+        result.metrics |= {name: value for name, (value, _) in self.extra_metrics.items()}
         if self.folder:
             for role, model in students.items():
                 where = self.path / "student" if len(students) == 1 else self.path / "students" / role
@@ -283,14 +310,20 @@ class Run:
                 shutil.rmtree(temporary, ignore_errors=True)
                 model.save(temporary)
                 folder.commit(temporary, where, {"role": role})
-            higher = not self.metric_names or higher_is_better(self.data.task, self.metric_names[0])
-            self.folder.update(status="finished", finished=_now(), metrics=result.metrics, rows=result.rows,
-                               higher_is_better=higher,
+            self.folder.update(status="finished", finished=now(), metrics=result.metrics, rows=result.rows,
+                               higher_is_better=self._higher_is_better(result.metrics),
                                timings={**self.folder.read().get("timings", {}), **self.timings})  # fmt: skip
             folder.write_text(self.path / "README.md", model_card(self, result.metrics))
         self.accelerator.wait_for_everyone()
         self.notify("kd_run_finished", result=result)
         return result
+
+    def _higher_is_better(self, metrics: Mapping[str, float]) -> bool:
+        """Whether more is better of the first metric."""
+        first = next(iter(metrics), "")
+        if first in self.extra_metrics:
+            return self.extra_metrics[first][1]
+        return not self.metric_names or higher_is_better(self.data.task, self.metric_names[0])
 
     def _final_metrics(self, student: Model) -> dict[str, float]:
         final = Supervised(student, self.data.task, name="final")
@@ -305,8 +338,8 @@ class Run:
 
     @property
     def student_roles(self) -> list[str]:
-        """The roles of the students, in the order of the recipe."""
-        return [*self.recipe.students, *(r for r in self.given.get("students", {}))]
+        """The roles of the students: those of the recipe in its order, then those that the method adopted."""
+        return list(dict.fromkeys([*self.recipe.students, *self.given.get("students", {}), *self._adopted]))
 
     def _build(self, role: str) -> Source:
         given = {**self.given.get("teachers", {}), **self.given.get("students", {})}
@@ -348,7 +381,9 @@ def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:
     AcceleratorState._reset_state()
     precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
     cpu = not torch.accelerator.is_available()  # said outright, or several CPU processes would not find each other
-    return Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=str(path))
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # others wait while one searches, say
+    return Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=str(path),
+                       kwargs_handlers=[patience])  # fmt: skip
 
 
 def _save_trained(stage: TrainStage, artifact: Path) -> None:
@@ -358,25 +393,3 @@ def _save_trained(stage: TrainStage, artifact: Path) -> None:
     save_model(stage, str(artifact / "stage.safetensors"))
     for name, model in stage.exports.items():
         model.save(artifact / name)
-
-
-def run_facts(run: Run, status: Mapping[str, Any]) -> dict[str, Any]:
-    """What `run.json` says of a run when it starts or resumes."""
-    versions = {name: metadata.version(name) for name in ("kdcore", "torch", "accelerate")}
-    return {"status": "running", "pid": os.getpid(), "seed": run.seed, "started": status.get("started", _now()),
-            "resumed": run.folder is not None and run.folder.resumed, "method": run.recipe.method.use,
-            "versions": {"python": platform.python_version(), **versions}, "git": _git(), "error": None,
-            "hardware": {"device": str(run.device), "processes": run.accelerator.num_processes,
-                         "threads": torch.get_num_threads(), "machine": platform.machine()}}  # fmt: skip
-
-
-def _git() -> str | None:
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -29,10 +29,13 @@ class Stage:
 
     A stage that is neither trained nor fitted implements `execute` and `load`. `execute` runs on the main process
     only; it may keep partial work in `workspace`, which survives a kill, and writes the artifact's files into
-    `artifact`, which is kept only if `execute` returns.
+    `artifact`, which is kept only if `execute` returns. Work that all processes share goes into `share`.
     """
 
     name: str = "stage"
+
+    def share(self, run: Run, workspace: Path) -> None:
+        """Do this process's part, before `execute`; every process is called, and what they leave is in `workspace`."""
 
     def execute(self, run: Run, workspace: Path, artifact: Path) -> None:
         """Do the work."""
@@ -78,6 +81,7 @@ class TrainStage(nn.Module, Stage):
         augment: whether the training data is augmented.
         find_unused_parameters: whether a step may leave parameters without gradient (needed by DDP, costs time).
         seed: for the order of the data and the random numbers, where it is not to be the run's.
+        data: what the stage draws from and is measured on, where it is not the run's.
         frozen: models that are used but neither trained nor saved; moved to the device and kept in evaluation mode.
         exports: models saved in their native format with the artifact, by name.
         overrides: changes of the recipe's `train` section for this stage; `stages.<name>` has the last word.
@@ -92,6 +96,7 @@ class TrainStage(nn.Module, Stage):
     augment: bool = True
     find_unused_parameters: bool = False
     seed: int | None = None
+    data: DataModule | None = None
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -277,11 +282,13 @@ class Method:
         roles: what the recipe must name.
         stage_names: names of the stages the method yields, for checking `stages:` in a recipe.
         ablation: recipe overrides that switch the method's idea off: what it has to beat.
+        cut: recipe overrides that shorten its quickstart for the conformance suite, where fewer steps do not.
     """
 
     roles: Roles = Roles()
     stage_names: tuple[str, ...] = ()
     ablation: Mapping[str, Any] = {}
+    cut: Mapping[str, Any] = {}
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
@@ -294,9 +301,11 @@ class Method:
         """The task as the students' heads see it, where it is not the data's."""
         return task
 
-    def restore(self, student: Model, folder: Path) -> Model:
+    def restore(self, student: Model | None, folder: Path) -> Model:
         """The trained student of a finished run, where the method saved more into its `folder` than the model that the
-        recipe names; `student` is that one, with its weights."""
+        recipe names; `student` is that one, with its weights, or `None` where the method made the student itself."""
+        if student is None:
+            raise ModelError(f"{type(self).__name__} does not say how the student in {folder} is loaded")
         return student
 
     def predict(self, outputs: Outputs, batch: Batch) -> Outputs:

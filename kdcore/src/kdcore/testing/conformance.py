@@ -10,6 +10,7 @@ The quickstart of each method is run here cut to a few steps, in one process; `e
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import signal
 import statistics
@@ -27,7 +28,6 @@ from kdcore import api
 from kdcore.components import Component
 from kdcore.errors import Interrupted, RecipeError
 from kdcore.hookspecs import ENTRY_POINT_GROUP, hookimpl
-from kdcore.metrics import higher_is_better
 from kdcore.plugins import PluginInfo, PluginManager
 from kdcore.recipe import find_recipe, load
 from kdcore.runner import Result
@@ -169,7 +169,9 @@ class _InterruptAt:
 def cut_recipe(method: str) -> dict[str, Any]:
     """The quickstart of a method, shortened to a few steps per stage."""
     manager = PluginManager()
-    recipe = load(str(find_recipe(method, manager)[0]))
+    target = cast(type[Method], manager.get("method", method).load_target())
+    cut = [f"{key}={json.dumps(value)}" for key, value in target.cut.items()]
+    recipe = load(str(find_recipe(method, manager)[0]), cut)
     train = recipe.setdefault("train", {})
     train.update(steps=STEPS, save_every=2, eval_every=STEPS, log_every=2)
     train.pop("epochs", None)
@@ -212,8 +214,8 @@ def effect(method: str, where: Path, seeds: Sequence[int] = (0, 1, 2)) -> float:
         for name, more in (("method", []), ("ablation", overrides)):
             result = api.run(method, [*shared, *more], run_dir=where / f"{name}-{seed}")
             shared += [] if more else _trained_teachers(result.path)
-            metric, value = next(iter(result.metrics.items()))
-            sign = 1.0 if _higher(result, metric) else -1.0
+            value = next(iter(result.metrics.values()))
+            sign = 1.0 if json.loads((result.path / "run.json").read_text())["higher_is_better"] else -1.0
             scores[name].append(value)
     return sign * (statistics.mean(scores["method"]) - statistics.mean(scores["ablation"]))
 
@@ -227,11 +229,6 @@ def _trained_teachers(path: Path) -> list[str]:
             (stage,) = (path / "stages").glob(f"*-{role}")
             found += [f"teachers.{role}.train=false", f"teachers.{role}.checkpoint={stage / 'artifact' / role}"]
     return found
-
-
-def _higher(result: Result, metric: str) -> bool:
-    run, _ = api.load_student(result.path)
-    return higher_is_better(run.data.task, metric.partition("/")[2])
 
 
 def assert_same_students(one: Path, two: Path, tolerance: float = 0.0) -> None:
