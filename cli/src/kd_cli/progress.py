@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdcore.runner import Run
-    from kdcore.stages import Stage, TrainStage
+    from kdcore.stages import Stage
 
 _READ_EVERY = 0.5  # seconds: reading a term waits for the device
 
@@ -70,22 +70,24 @@ class Lines:
         typer.echo(f"stage {stage.name}")
 
     @hookimpl
-    def kd_step_finished(self, run: Run, stage: TrainStage, step: int, terms: Mapping[str, Tensor]) -> None:
-        """A line at the log interval."""
+    def kd_step_finished(self, run: Run, stage: Stage, step: int, terms: Mapping[str, Tensor]) -> None:
+        """A line at the log interval; for stages that do not train, whenever there is time to read it."""
         if self._first is None:
             self._first = step, time.monotonic()
-            self._log_every = run.recipe.train_for(stage.name, stage.overrides).log_every
+            overrides = getattr(stage, "overrides", None)
+            self._log_every = 1 if overrides is None else run.recipe.train_for(stage.name, overrides).log_every
         total = stage.total_steps
         if step == total or (step % self._log_every == 0 and self._due()):
-            typer.echo(f"{stage.name}  step {step}/{total}{self._pace(step, total)}  {values(terms)}")
+            of = f"/{total}" if total else ""
+            typer.echo(f"{stage.name}  step {step}{of}{self._pace(step, total)}  {values(terms)}".rstrip())
 
     def _pace(self, step: int, total: int) -> str:
-        """Steps per second since the stage began or resumed, and the time left at that pace."""
+        """Steps per second since the stage began or resumed, and the time left at that pace, where the end is known."""
         first, since = self._first or (step, 0.0)
         if step == first:
             return ""
         rate = (step - first) / max(time.monotonic() - since, 1e-9)
-        return f"  {rate:.1f} steps/s  {clock((total - step) / rate)} left"
+        return f"  {rate:.1f} steps/s" + (f"  {clock((total - step) / rate)} left" if total else "")
 
     @hookimpl
     def kd_evaluated(self, run: Run, stage: Stage, metrics: Mapping[str, float]) -> None:
@@ -115,10 +117,10 @@ class Live:
         self._task = self._display.add_task(stage.name, total=None)
 
     @hookimpl
-    def kd_step_finished(self, run: Run, stage: TrainStage, step: int, terms: Mapping[str, Tensor]) -> None:
+    def kd_step_finished(self, run: Run, stage: Stage, step: int, terms: Mapping[str, Tensor]) -> None:
         """Move the bar."""
         if not self._running:
-            self._display.reset(self._task, total=stage.total_steps, completed=step, counted=True)
+            self._display.reset(self._task, total=stage.total_steps or None, completed=step, counted=True)
             self._running = True
         if self._due() or step == stage.total_steps:
             self._display.update(self._task, completed=step)
@@ -161,7 +163,8 @@ def live_display() -> Progress:
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
             rate = f"  {speed:.1f} steps/s" if speed else ""
-            return Text(f"{task.completed:.0f}/{task.total:.0f}{rate}" if task.fields.get("counted") else "")
+            of = f"/{task.total:.0f}" if task.total else ""
+            return Text(f"{task.completed:.0f}{of}{rate}" if task.fields.get("counted") else "")
 
     class Display(Progress):
         def get_renderables(self) -> Iterator[RenderableType]:

@@ -74,6 +74,16 @@ def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[s
     return metrics.compute()
 
 
+def write(stage: TrainStage, artifact: Path) -> None:
+    """Write what a stage trained, and its exports in their native formats."""
+    from safetensors.torch import save_model
+
+    own_storage(stage)
+    save_model(stage, str(artifact / "stage.safetensors"))
+    for name, model in stage.exports.items():
+        model.save(artifact / name)
+
+
 def schedule_factor(options: ScheduleOptions, step: int, total: int) -> float:
     """The learning rate at a step as a factor of its peak."""
     warmup = round(options.warmup * total if options.warmup < 1 else options.warmup)

@@ -75,18 +75,14 @@ class GenerateStage(Stage):
         if taken := [column for column in self.rows.column_names if column in PROVENANCE]:
             raise DataError(f"stage {name!r}: the rows have a column {taken[0]!r}, which the corpus adds; rename it")
         self.prompt(self.rows[0])
-
-    @property
-    def shards(self) -> int:
-        """How many shards the prompts make."""
-        return -(-len(self.rows) // self.shard_size)
+        self.total_steps = -(-len(self.rows) // shard_size)  # a step is a shard
 
     def share(self, run: Run, workspace: Path) -> None:
         """Write this process's shards. Raises `Interrupted` after a signal, once the shard under way is written."""
         self.teacher.to(run.device)
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
         with run.signals() as signals:
-            for number in range(rank, self.shards, world):
+            for number in range(rank, self.total_steps, world):
                 if _whole(_shard(workspace, number)):
                     continue
                 self._write(_shard(workspace, number), number, run.seed)
@@ -126,7 +122,7 @@ class GenerateStage(Stage):
         seen: set[tuple[str, ...]] = set()
         report: dict[str, Any] = {"prompts": len(self.rows), "answers": 0, "kept": 0, "dropped": {}}
         parts = []
-        for number in range(self.shards):
+        for number in range(self.total_steps):
             rows = load_from_disk(str(_shard(workspace, number))).to_list()
             report["answers"] += len(rows)
             if kept := self._keep(rows, seen, report["dropped"]):

@@ -63,7 +63,7 @@ def kd_stage_started(run: Run, stage: Stage) -> None:
 
 @hookspec
 def kd_step_finished(run: Run, stage: Stage, step: int, terms: Mapping[str, Tensor]) -> None:
-    """One optimizer step is done.
+    """One optimizer step is done; in other stages one trial of a search, or one shard of a corpus.
 
     `terms` holds the weighted terms of this process as detached scalar tensors on the device: reading one waits
     for the device, so read rarely. To end the stage early, call `run.request_stop(reason)`.

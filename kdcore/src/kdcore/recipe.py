@@ -326,6 +326,16 @@ def resolve(data: Mapping[str, Any], manager: PluginManager, source: str = "reci
     return Resolved(recipe, options)
 
 
+def with_changes(options: Options | None, changes: Mapping[str, Any], key: str) -> Options:
+    """A component's options, some of them changed. Raises `RecipeError` where it has no such options."""
+    if options is None:
+        raise RecipeError(f"{key}: the component takes no options, but {', '.join(changes)} are to be changed")
+    try:
+        return type(options).model_validate({**options.model_dump(), **changes})
+    except ValidationError as error:
+        raise RecipeError("\n".join(explain(error, type(options), key))) from None
+
+
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors that complete and check YAML."""
     return Recipe.model_json_schema()

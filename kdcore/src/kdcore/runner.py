@@ -27,7 +27,7 @@ from kdcore.losses import Loss, Weighted
 from kdcore.metrics import higher_is_better, metric_names
 from kdcore.models import Model, Source, check_pair
 from kdcore.plugins import PluginManager
-from kdcore.recipe import Recipe, Resolved
+from kdcore.recipe import Recipe, Resolved, with_changes
 from kdcore.stages import Method, Stage, Supervised, TrainStage, check_roles
 from kdcore.text import TextTeacher
 
@@ -103,6 +103,16 @@ class Run:
             with seeded(derive_seed(self.seed, name)):
                 self.models[name] = self._build(role)
         return cast(Model, self.models[name])
+
+    def variant(self, role: str, **changes: Any) -> Model:
+        """One more model of a role with some of its options changed, not kept: what a search tries. Its initial
+        weights depend on the run's seed, the role and the changes only.
+
+        Raises:
+            ModelError, RecipeError: if there is no such model, or its component takes no such options.
+        """
+        with seeded(derive_seed(self.seed, role, sorted(changes.items()))):
+            return cast(Model, self._build(role, changes))
 
     @property
     def teacher(self) -> Model:
@@ -282,7 +292,7 @@ class Run:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             if isinstance(stage, TrainStage):
-                _save_trained(stage, temporary)
+                engine.write(stage, temporary)
             else:
                 stage.execute(self, where, temporary)
             folder.commit(temporary, where / "artifact", facts)
@@ -341,7 +351,7 @@ class Run:
         """The roles of the students: those of the recipe in its order, then those that the method adopted."""
         return list(dict.fromkeys([*self.recipe.students, *self.given.get("students", {}), *self._adopted]))
 
-    def _build(self, role: str) -> Source:
+    def _build(self, role: str, changes: Mapping[str, Any] | None = None) -> Source:
         given = {**self.given.get("teachers", {}), **self.given.get("students", {})}
         if role in given:
             return cast(Source, given[role])
@@ -352,6 +362,8 @@ class Run:
             raise ModelError(f"the method needs a model with the role {role!r}; the recipe names: "
                              f"{', '.join([*self.recipe.teachers, *self.recipe.students]) or 'none'}")  # fmt: skip
         options = self.resolved.options[f"{kind}s.{role}"]
+        if changes:
+            options = with_changes(options, changes, f"{kind}s.{role}")
         model: Source = self._target(kind, specs[role].use)(options, task)
         check_pair(model.labels, task.labels, (f"{kind}s.{role}", "the data"))
         return model
@@ -384,12 +396,3 @@ def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # others wait while one searches, say
     return Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=str(path),
                        kwargs_handlers=[patience])  # fmt: skip
-
-
-def _save_trained(stage: TrainStage, artifact: Path) -> None:
-    from safetensors.torch import save_model
-
-    engine.own_storage(stage)
-    save_model(stage, str(artifact / "stage.safetensors"))
-    for name, model in stage.exports.items():
-        model.save(artifact / name)

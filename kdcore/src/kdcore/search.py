@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kdcore.data import derive_seed
 from kdcore.errors import Interrupted, RecipeError
 from kdcore.folder import write_text
@@ -73,7 +75,8 @@ class SearchStage(Stage):
                 os.fsync(file.fileno())
                 archive.append(trial)
                 run.log({"stage": self.name, "step": len(archive), "metrics": trial.scores})
-                run.notify("kd_step_finished", stage=self, step=len(archive), terms={})
+                terms = {name: torch.tensor(value) for name, value in trial.scores.items()}
+                run.notify("kd_step_finished", stage=self, step=len(archive), terms=terms)
                 if signals:
                     raise Interrupted(f"interrupted in stage {self.name!r} after {len(archive)} trials; "
                                       "the same command goes on from here")  # fmt: skip

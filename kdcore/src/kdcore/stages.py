@@ -33,6 +33,8 @@ class Stage:
     """
 
     name: str = "stage"
+    total_steps: int = 0
+    """How many steps it announces by `kd_step_finished` in all, where that is known; known when the first is done."""
 
     def share(self, run: Run, workspace: Path) -> None:
         """Do this process's part, before `execute`; every process is called, and what they leave is in `workspace`."""

@@ -31,7 +31,7 @@ class Quickstart(Method):
             alone = run.model("student", key=f"student-{number}")
             distilled = copy.deepcopy(alone)
             if number == 0:
-                run.models["student"] = distilled
+                run.adopt("student", distilled)
             pair: list[tuple[str, Distill]] = [
                 ("student alone", Supervised(alone, run.data.task, name=f"alone-{number}")),
                 ("student distilled", Distill(distilled, run.losses(), run.teachers(), name=f"distilled-{number}")),

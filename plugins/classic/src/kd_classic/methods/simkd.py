@@ -37,7 +37,7 @@ class SimKD(Method):
         """One stage; then the student is what it was, with projector and classifier on top."""
         stage = Reuse(run.student, run.teacher, self.options)
         yield stage
-        run.models["student"] = stage.assembled()
+        run.adopt("student", stage.assembled())
 
     def restore(self, student: Model, folder: Path) -> Model:
         """The student of a finished run, with projector and classifier on top.
