@@ -13,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field, ValidationError
 
 import kdcore
 from kdcore import Answer, Component, GenerateStage, Method, Roles, Sampling, TextTeacher
-from kdcore.errors import DataError, Interrupted, ModelError, RecipeError, RunFailed
-from kdcore.text import render
+from kdcore.errors import DataError, Interrupted, ModelError, RecipeError, RunFailed, RunFolderError
+from kdcore.text import misfit, render
 
 ROWS = [{"word": f"w{i}", "number": i} for i in range(20)]
 TEMPLATE = "{{ word }} is"
@@ -119,7 +120,7 @@ def go(path, method="corpus", teacher="echo", *plugins, **more):
     manager = kdcore.PluginManager(discover=False)
     manager.register(Plugin(), name="toy")
     for plugin in plugins:
-        manager.register(plugin, name="more")
+        manager.register(plugin, name=type(plugin).__name__)
     recipe = {"method": method, "teacher": {"use": teacher, **more}, "data": "toy", "trackers": []}
     return kdcore.run(recipe, run_dir=path, plugins=manager)
 
@@ -210,6 +211,44 @@ def test_a_template_that_is_malformed_or_reaches_out_is_refused(template):
 def test_a_field_is_rendered_as_it_is(row):
     row = {f"f_{key}": value for key, value in row.items()}
     assert render("|".join(f"{{{{ {key} }}}}" for key in row), row) == "|".join(row.values())
+
+
+SIZE = {"type": "integer", "minimum": 3}
+
+
+@pytest.mark.parametrize(("text", "why"), [("4", None), ("2", "less than the minimum"), ('"4"', "not of type"),
+                                           ("4 5", "no JSON"), ("", "no JSON")])  # fmt: skip
+def test_an_answer_is_held_to_its_schema(text, why):
+    found = misfit(text, SIZE)
+    assert found is None if why is None else why in found
+
+
+def test_what_is_no_schema_is_told_before_anything_is_asked():
+    with pytest.raises(ValidationError, match="not a valid JSON Schema"):
+        Sampling(json_schema={"type": "objekt"})
+    with pytest.raises(RecipeError, match="nowhere"):
+        misfit("4", {"$ref": "#/$defs/nowhere"})
+
+
+class Limits(kdcore.Options):
+    passing = frozenset({"patience"})
+    patience: int | None = Field(None, description="changes nothing")
+    wisdom: int = Field(1, description="changes everything")
+
+
+def test_a_run_goes_on_when_only_passing_options_have_changed(tmp_path):
+    class Limited:
+        @kdcore.hookimpl
+        def kd_register_teachers(self):
+            return [Component("teacher", "limited", lambda options, task: Echo(), Limits)]
+
+    with pytest.raises(Interrupted):
+        go(tmp_path / "run", "corpus", "limited", Limited(), Stop())
+    with pytest.raises(RunFolderError, match="wisdom: 1 there, 2 now"):
+        go(tmp_path / "run", "corpus", "limited", Limited(), wisdom=2, patience=3)
+    go(tmp_path / "run", "corpus", "limited", Limited(), patience=3)
+    assert "patience: 3" in (tmp_path / "run/recipe.yaml").read_text()
+    assert len(corpus(tmp_path / "run")) == 40
 
 
 WORKER = """

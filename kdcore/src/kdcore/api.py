@@ -143,7 +143,7 @@ def _open_folder(run: Run, resolved: Resolved, resume: bool) -> dict[str, Any]:
     found: list[Any] = [None]
     if run.accelerator.is_main_process:
         try:
-            run.folder = RunFolder(run.path, resolved.dump(), resume)
+            run.folder = RunFolder(run.path, resolved.dump(), resume, resolved.passing)
             found = [run.folder.read()]
         except RunFolderError as error:
             found = [error]

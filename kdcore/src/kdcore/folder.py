@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,17 @@ class RunFolder:
         path: the folder; made if it is not there.
         recipe: the resolved recipe; the folder belongs to it.
         resume: whether a finished run may be opened again. An unfinished one of the same recipe is always gone on with.
+        passing: key paths in which the recipe may differ from the folder's; the folder then gets the new one.
 
     Raises:
         RunFolderError: if the folder cannot be written, is in use, holds something else, a run of another recipe, or
             a finished run and `resume` is not set.
     """
 
-    def __init__(self, path: Path, recipe: Mapping[str, Any], resume: bool = False) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, recipe: Mapping[str, Any], resume: bool = False, passing: Collection[str] = ()
+    ) -> None:
+        self.path, self.passing = path, passing
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(path / ".lock")
@@ -119,14 +122,18 @@ class RunFolder:
             write_text(self.path / "recipe.yaml", text)
             return False
         old = (self.path / "recipe.yaml").read_text() if (self.path / "recipe.yaml").is_file() else ""
-        if old != text:
-            changed = ", ".join(_differences(yaml.safe_load(old) or {}, yaml.safe_load(text)))
+        differences = _differences(yaml.safe_load(old) or {}, yaml.safe_load(text)) if old != text else {}
+        if changed := ", ".join(f"{key}: {what}" for key, what in differences.items() if not self._passes(key)):
             raise RunFolderError(f"{self.path} holds a run of another recipe (different: {changed}); "
                                  f"choose a new folder, such as --run-dir {self.next_free()}")  # fmt: skip
         if status.get("status") == "finished" and not resume:
             raise RunFolderError(f"{self.path} holds a finished run: --resume shows its result again, "
                                  f"--run-dir {self.next_free()} starts a new one")  # fmt: skip
+        write_text(self.path / "recipe.yaml", text)
         return True
+
+    def _passes(self, key: str) -> bool:
+        return any(f"{key}.".startswith(f"{passing}.") for passing in self.passing)
 
     def next_free(self) -> Path:
         """A name like this folder's that is not taken."""
@@ -179,9 +186,10 @@ def _row(line: str) -> dict[str, Any]:
         return {}
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Key paths at which two recipes differ, with both values."""
+def _differences(old: Any, new: Any, key: str = "") -> dict[str, str]:
+    """Both values at the key paths at which two recipes differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [k for k in [*old, *(k for k in new if k not in old)] if old.get(k) != new.get(k)]
-        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))]
-    return [f"{key}: {old!r} there, {new!r} now"]
+        parts = [_differences(old.get(k), new.get(k), f"{key}.{k}".lstrip(".")) for k in keys]
+        return {path: what for part in parts for path, what in part.items()}
+    return {key: f"{old!r} there, {new!r} now"}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ class Options(BaseModel):
     """Options of a component: every field has a type, a description and, unless it is required, a default.
 
     Unknown keys are errors. A module of options imports neither torch nor anything heavy.
+
+    Attributes:
+        passing: fields that do not change a run's result, such as a budget: a run goes on when they have changed.
     """
+
+    passing: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
@@ -48,3 +53,16 @@ class Sampling(Options):
     frequency_penalty: float = Field(0.0, description="the same for each time that it is there")
     logprobs: bool = Field(False, description="ask for the log-probability of each answer")
     json_schema: dict[str, Any] | None = Field(None, description="JSON Schema that every answer has to fit")
+
+    @field_validator("json_schema")
+    @classmethod
+    def _is_one(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is not None:
+            from jsonschema.exceptions import SchemaError
+            from jsonschema.validators import validator_for
+
+            try:
+                validator_for(schema).check_schema(schema)
+            except SchemaError as error:
+                raise ValueError(f"not a valid JSON Schema: {error.json_path}: {error.message}") from None
+        return schema

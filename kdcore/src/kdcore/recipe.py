@@ -195,6 +195,11 @@ class Resolved:
     recipe: Recipe
     options: dict[str, Options | None]
 
+    @property
+    def passing(self) -> set[str]:
+        """Key paths of options that do not change the result."""
+        return {f"{key}.{name}" for key, options in self.options.items() if options for name in options.passing}
+
     def dump(self) -> dict[str, Any]:
         """The recipe as plain data, every default of its components written out: what the run folder keeps."""
         data = self.recipe.model_dump(mode="json", exclude_none=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -67,6 +68,26 @@ class TextTeacher:
     def __call__(self, batch: Any) -> NoReturn:
         """Refused: there are no logits to compare."""
         raise ModelError(f"{self.name} answers with text and gives no logits; this method needs a live model")
+
+
+def misfit(text: str, schema: Mapping[str, Any]) -> str | None:
+    """Why an answer does not fit a JSON Schema (`Sampling.json_schema`); `None` if it does.
+
+    Raises:
+        RecipeError: on a `$ref` that leads nowhere; nothing is fetched.
+    """
+    from jsonschema.exceptions import best_match
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    try:
+        error = best_match(validator_for(schema)(schema, registry=Registry()).iter_errors(json.loads(text)))
+    except ValueError as problem:
+        return f"it is no JSON: {problem}"
+    except Unresolvable as problem:
+        raise RecipeError(f"json_schema: {problem}") from None
+    return f"{error.json_path}: {error.message}" if error else None
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from kd_transformers.call import Call
 from kd_transformers.configs import fit_config, has_weights, labels_of, load_config
 from kd_transformers.heads import Head, choose_head
 from kd_transformers.images import default_settings, normaliser
-from kd_transformers.options import TransformersOptions
+from kd_transformers.options import CheckpointOptions, TransformersOptions
 from kd_transformers.source import Source, explained, find_source
 from kdcore.data import Task, vocabulary_fingerprint
 from kdcore.errors import ModelError
@@ -70,19 +70,11 @@ def _vocabulary(tokenizer: Any, task: Task, head: Head, source: Source | None) -
 
 def _load(options: TransformersOptions, source: Source | None, config: Any, head: Head) -> Any:
     """The network, with loaded or fresh weights."""
-    maker = getattr(transformers, head.auto)
-    arguments = {"dtype": DTYPES[options.dtype], "trust_remote_code": options.trust_remote_code}
-    if options.attn_implementation is not None:
-        arguments["attn_implementation"] = options.attn_implementation
     if not has_weights(source, options) or source is None:
         config.architectures = list(head.classes_for(config)[:1])  # a few types have several classes for a head
         with explained(f"a {config.model_type!r} model"):
-            return maker.from_config(config, **arguments)
-    with explained(f"the model {source.where!r}"):
-        module, info = maker.from_pretrained(
-            source.where, config=config, revision=source.revision, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **arguments,
-        )  # fmt: skip
+            return getattr(transformers, head.auto).from_config(config, **_arguments(options))
+    module, info = load_weights(options, source, config, head)
     for key, saved, wanted in info["mismatched_keys"]:
         if not options.new_head or saved[1:] != wanted[1:] or wanted[0] != config.num_labels:
             raise ModelError(
@@ -90,6 +82,21 @@ def _load(options: TransformersOptions, source: Source | None, config: Any, head
                 f"{list(wanted)}: leave `config` as it is there, or set `pretrained: false`"
             )
     return module
+
+
+def load_weights(options: CheckpointOptions, source: Source, config: Any, head: Head) -> tuple[Any, dict[str, Any]]:
+    """The network with the weights of a source, and what did not fit. Raises `ModelError` if it cannot be had."""
+    with explained(f"the model {source.where!r}"):
+        found: tuple[Any, dict[str, Any]] = getattr(transformers, head.auto).from_pretrained(
+            source.where, config=config, revision=source.revision, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **_arguments(options),
+        )  # fmt: skip
+    return found
+
+
+def _arguments(options: CheckpointOptions) -> dict[str, Any]:
+    kernel = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    return {"dtype": DTYPES[options.dtype], "trust_remote_code": options.trust_remote_code, **kernel}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Options of the component `transformers`, and what it would download."""
+"""Options of the components `transformers` and `transformers-text`, and what they would download."""
 
 from __future__ import annotations
 
@@ -19,20 +19,12 @@ HUB_SECONDS = 5.0
 """How long the Hub may take to tell a model's size."""
 
 
-class TransformersOptions(Options):
-    """A model of the transformers library: from the Hub, from a local folder, or from a config alone."""
+class CheckpointOptions(Options):
+    """Where a model comes from, and how it is loaded."""
 
-    model: str | None = Field(None, description="Hub id or local folder; needed unless `config` names a `model_type`")
+    model: str | None = Field(None, description="Hub id or local folder")
     checkpoint: str | None = Field(
         None, description="local folder saved by kd or by save_pretrained, or a run folder; wins over `model`"
-    )
-    head: HeadName = Field("auto", description="what the model predicts; auto: what the task asks for")
-    pretrained: bool = Field(True, description="load the weights of `model`; false: its architecture, fresh weights")
-    config: dict[str, Any] = Field(
-        {}, description="entries of the model's config to change; with `model_type`, a whole model with fresh weights"
-    )
-    new_head: bool = Field(
-        False, description="use the task's classes: a classification head of another size is replaced by a fresh one"
     )
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
@@ -41,10 +33,42 @@ class TransformersOptions(Options):
     attn_implementation: str | None = Field(
         None, description="attention kernel, such as eager, sdpa or flash_attention_2; default: the library's choice"
     )
+    trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the weights of `model` are read, and not only its architecture."""
+        return True
+
+    def downloads(self) -> list[Download]:
+        """The model's files on the Hub, unless they are local or in the Hub's cache."""
+        if self.checkpoint is not None or self.model is None or Path(self.model).is_dir():
+            return []
+        if _cached(self.model, WEIGHTS if self.wants_weights else ("config.json",), self.revision):
+            return []
+        return [Download(self.model, "Hugging Face Hub", _hub_size(self.model, self.revision, self.wants_weights))]
+
+
+class TransformersOptions(CheckpointOptions):
+    """A model of the transformers library: from the Hub, from a local folder, or from a config alone."""
+
+    model: str | None = Field(None, description="Hub id or local folder; needed unless `config` names a `model_type`")
+    head: HeadName = Field("auto", description="what the model predicts; auto: what the task asks for")
+    pretrained: bool = Field(True, description="load the weights of `model`; false: its architecture, fresh weights")
+    config: dict[str, Any] = Field(
+        {}, description="entries of the model's config to change; with `model_type`, a whole model with fresh weights"
+    )
+    new_head: bool = Field(
+        False, description="use the task's classes: a classification head of another size is replaced by a fresh one"
+    )
     pooling: Literal["mean", "cls"] = Field(
         "mean", description="embedding of the head `encoder`: mean over the tokens, or the first token"
     )
-    trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the weights of `model` are read, and not only its architecture."""
+        return self.pretrained
 
     @model_validator(mode="after")
     def _names_a_model(self) -> TransformersOptions:
@@ -54,13 +78,21 @@ class TransformersOptions(Options):
             raise ValueError("`model` already says which type of model it is: leave `config.model_type` out")
         return self
 
-    def downloads(self) -> list[Download]:
-        """The model's files on the Hub, unless they are local or in the Hub's cache."""
-        if self.checkpoint is not None or self.model is None or Path(self.model).is_dir():
-            return []
-        if _cached(self.model, WEIGHTS if self.pretrained else ("config.json",), self.revision):
-            return []
-        return [Download(self.model, "Hugging Face Hub", _hub_size(self.model, self.revision, self.pretrained))]
+
+class TextOptions(CheckpointOptions):
+    """A language model in this process that answers prompts."""
+
+    mode: Literal["chat", "completion"] = Field(
+        "completion", description="completion: a prompt that is plain text is gone on with; chat: the user said it"
+    )
+    batch_size: int = Field(8, gt=0, description="answers written at a time")
+    retries: int = Field(4, ge=0, description="how often an answer that does not fit a JSON schema is drawn again")
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> TextOptions:
+        if self.model is None and self.checkpoint is None:
+            raise ValueError("give `model` (Hub id or folder) or `checkpoint` (folder)")
+        return self
 
 
 def _cached(model: str, names: tuple[str, ...], revision: str | None) -> bool:

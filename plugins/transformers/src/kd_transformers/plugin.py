@@ -8,7 +8,17 @@ from kdcore.components import Kind
 
 @hookimpl
 def kd_register_teachers() -> list[Component]:
-    return [_component("teacher")]
+    return [
+        _component("teacher"),
+        Component(
+            "teacher",
+            "transformers-text",
+            target="kd_transformers.text:TransformersText",
+            options="kd_transformers.options:TextOptions",
+            summary="a Hugging Face language model in this process that answers prompts",
+            tags=("text", "text-teacher", "language-model"),
+        ),
+    ]
 
 
 @hookimpl

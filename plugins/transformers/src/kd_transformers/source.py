@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from kd_transformers.options import TransformersOptions
+from kd_transformers.options import CheckpointOptions
 from kdcore.api import student_folder
 from kdcore.errors import ModelError
 
@@ -60,7 +60,7 @@ class Source:
         return dict(nested) if nested else None
 
 
-def find_source(options: TransformersOptions) -> Source | None:
+def find_source(options: CheckpointOptions) -> Source | None:
     """The checkpoint if there is one, or else the model; `None` for a model from a config alone.
 
     Raises:

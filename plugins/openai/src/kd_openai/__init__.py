@@ -1,0 +1,1 @@
+"""Text teachers behind an OpenAI-compatible server."""
