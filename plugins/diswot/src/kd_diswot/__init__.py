@@ -1,0 +1,1 @@
+"""DisWOT: the architecture of a student, searched without training, then distilled."""
