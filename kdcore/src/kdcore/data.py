@@ -41,6 +41,8 @@ BATCH_KEYS: dict[str, str] = {
     "imu": "float [B, T, C]",
     "series": "float [B, T, C]",
     "graph": "a graph object of the provider",
+    "latents": "float [B, C, H, W]: images as a diffusion model's encoder gives them",
+    "prompt_embeds": "float [B, T, D]: texts as its text encoders give them",
     "subclass": "int [B]: hidden subclasses, for analysis only",
     "index": "int [B]: the position of each sample in its split; always there",
 }

@@ -59,8 +59,9 @@ class Interrupted(KDError):  # noqa: N818
 def did_you_mean(name: str, valid: Iterable[str], label: str = "valid names") -> str:
     """A sentence that offers the valid names nearest to `name`, or lists them all when none is near."""
     names = sorted(set(valid))
-    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    lowered = {n.lower(): n for n in names}
+    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
     if near:
-        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+        return f"did you mean {' or '.join(repr(lowered[n]) for n in near)}?"
     shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
     return f"{label}: {shown or 'none'}"

@@ -144,8 +144,12 @@ def _student_reloads(method: str, tmp_path: Path) -> None:
     batch = run.data.sample(run.method.roles.splits[0])
     with torch.no_grad():
         ours, theirs = result.student.eval()(batch), loaded.eval()(batch)
-    assert ours.logits is not None
-    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=0)
+    given = [name for name in ("logits", "embedding", "extras") if getattr(ours, name) not in (None, {})]
+    assert given, "the student gives no signal"
+    for name in given:  # of the same weights: kernels may round differently where memory is laid out differently
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
+    weights = (model.module.state_dict() for model in (result.student, loaded))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def _paper_recipe_plans(method: str) -> None:

@@ -1,0 +1,1 @@
+"""Denoisers of diffusers as teachers and students."""

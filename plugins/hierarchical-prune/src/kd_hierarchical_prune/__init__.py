@@ -1,0 +1,1 @@
+"""HierarchicalPrune: position-aware pruning and distillation of diffusion transformers."""
