@@ -13,7 +13,7 @@ from kd_demo.options import CNNOptions, ModelOptions, SegmenterOptions, Transfor
 from kdcore.api import student_folder
 from kdcore.data import Task
 from kdcore.errors import ModelError
-from kdcore.models import Labels, Model, check_pair
+from kdcore.models import Batch, Labels, Model, check_pair
 
 POOLED = ("classification", "multilabel", "regression")
 DENSE = ("causal-lm", "masked-lm", "token-classification")
@@ -25,16 +25,16 @@ def cnn(options: CNNOptions, task: Task) -> Model:
     Raises:
         ModelError: if the task is of another kind, names no image shape, or does not fit the checkpoint.
     """
-    _check_kind("demo-cnn", task, POOLED)
+    check_kind("demo-cnn", task, POOLED)
     make = functools.partial(nets.CNN, width=options.width, depth=options.depth)
-    return _model("demo-cnn", make, options, task, {"in_channels": _image("demo-cnn", task)[0]})
+    return make_model("demo-cnn", make, options, task, {"in_channels": _image("demo-cnn", task)[0]})
 
 
 def segmenter(options: SegmenterOptions, task: Task) -> Model:
     """The stride-4 segmenter for a task with a class per pixel. Raises `ModelError` as `cnn`."""
-    _check_kind("demo-segmenter", task, ("segmentation",))
+    check_kind("demo-segmenter", task, ("segmentation",))
     make = functools.partial(nets.Segmenter, width=options.width, depth=options.depth)
-    return _model("demo-segmenter", make, options, task, {"in_channels": _image("demo-segmenter", task)[0]})
+    return make_model("demo-segmenter", make, options, task, {"in_channels": _image("demo-segmenter", task)[0]})
 
 
 def transformer(options: TransformerOptions, task: Task) -> Model:
@@ -43,14 +43,14 @@ def transformer(options: TransformerOptions, task: Task) -> Model:
     Raises:
         ModelError: if the task is of another kind, has no tokenizer, or does not fit the checkpoint.
     """
-    _check_kind("demo-transformer", task, (*POOLED, *DENSE))
+    check_kind("demo-transformer", task, (*POOLED, *DENSE))
     if task.tokenizer is None:
         raise ModelError(
             "demo-transformer reads input_ids: it needs data with a tokenizer, such as `topics` or `sentences`"
         )
     make = functools.partial(nets.Transformer, **options.model_dump(exclude={"checkpoint"}))
     facts = {"vocabulary": len(task.tokenizer), "pool": task.kind in POOLED, "causal": task.kind == "causal-lm"}
-    return _model("demo-transformer", make, options, task, facts)
+    return make_model("demo-transformer", make, options, task, facts)
 
 
 def vit(options: ViTOptions, task: Task) -> Model:
@@ -59,7 +59,7 @@ def vit(options: ViTOptions, task: Task) -> Model:
     Raises:
         ModelError: as `cnn`, and if the patches do not tile the images.
     """
-    _check_kind("demo-vit", task, POOLED)
+    check_kind("demo-vit", task, POOLED)
     channels, height, width = _image("demo-vit", task)
     if options.checkpoint is None and (height % options.patch or width % options.patch):
         raise ModelError(
@@ -67,10 +67,17 @@ def vit(options: ViTOptions, task: Task) -> Model:
             "set `patch` to a divisor of both"
         )
     make = functools.partial(nets.ViT, **options.model_dump(exclude={"checkpoint"}))
-    return _model("demo-vit", make, options, task, {"in_channels": channels, "image_size": [height, width]})
+    return make_model("demo-vit", make, options, task, {"in_channels": channels, "image_size": [height, width]})
 
 
-def _model(name: str, make: Callable[..., Any], options: ModelOptions, task: Task, facts: dict[str, Any]) -> Model:
+def make_model(
+    name: str,
+    make: Callable[..., Any],
+    options: ModelOptions,
+    task: Task,
+    facts: dict[str, Any],
+    call: Callable[[Any, Batch], Any] | None = None,
+) -> Model:
     """A network made for the task, or the checkpoint's if it fits the task, behind the uniform call."""
     if options.checkpoint is None:
         net = make(num_classes=task.class_count, **facts)
@@ -78,7 +85,7 @@ def _model(name: str, make: Callable[..., Any], options: ModelOptions, task: Tas
         net = _load(name, student_folder(Path(options.checkpoint)), task, facts)
     labels = task.labels
     saved = {"classes": labels.names, "fingerprint": labels.vocabulary}
-    return Model(net, save=functools.partial(nets.save, net, saved), labels=labels, stages=net.stages)
+    return Model(net, call, save=functools.partial(nets.save, net, saved), labels=labels, stages=net.stages)
 
 
 def _load(name: str, folder: Path, task: Task, facts: dict[str, Any]) -> Any:
@@ -112,7 +119,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _check_kind(name: str, task: Task, kinds: tuple[str, ...]) -> None:
+def check_kind(name: str, task: Task, kinds: tuple[str, ...]) -> None:
+    """Refuse a task of another kind with a `ModelError`."""
     if task.kind not in kinds:
         raise ModelError(
             f"{name} is made for tasks of kind {', '.join(kinds)}; the data poses one of kind {task.kind!r}"

@@ -1,4 +1,4 @@
-"""The small networks, in PyTorch alone: this module needs neither kdcore nor the rest of this package.
+"""The small networks, in PyTorch alone: this module needs neither kdcore nor what of this package does.
 
 A folder that a run wrote (`student/`) is a `config.json` and a `model.safetensors`. Five lines make a network of it:
 
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from kd_demo.sensor_nets import SensorNet
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -236,11 +238,12 @@ def positions(length: int, width: int, device: torch.device) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)[:, :width] * math.sqrt(2 / width)
 
 
-Network = CNN | Segmenter | Transformer | ViT
+Network = CNN | Segmenter | Transformer | ViT | SensorNet
 
 ARCHITECTURES: dict[str, type[Network]] = {
     "demo-cnn": CNN,
     "demo-segmenter": Segmenter,
+    "demo-sensors": SensorNet,
     "demo-transformer": Transformer,
     "demo-vit": ViT,
 }

@@ -68,6 +68,24 @@ class SentencesOptions(GeneratedOptions):
     longest: int = Field(3, ge=1, description="sentences in the longest text; all of one theme")
 
 
+class HeartbeatsOptions(GeneratedOptions):
+    """Generated clips of a beating ellipse, in four classes."""
+
+    frames: int = Field(8, ge=2, description="frames of a clip")
+    size: int = Field(32, ge=16, description="height and width of the frames in pixels")
+    noise: float = Field(0.3, ge=0, description="strength of the speckle")
+    labelled: bool = Field(True, description="ask for the classes; false: no task, and labels for probes alone")
+
+
+class SensorsOptions(GeneratedOptions):
+    """Generated movements, each recorded by two sensors."""
+
+    length: int = Field(32, ge=8, description="time steps of a recording")
+    imu_noise: float = Field(0.3, ge=0, description="standard deviation of the good sensor's noise (`imu`)")
+    series_noise: float = Field(0.8, ge=0, description="standard deviation of the poor sensor's noise (`series`)")
+    label_noise: float = Field(0.0, ge=0, le=1, description="share of training labels replaced by another class")
+
+
 class ModelOptions(Options):
     """What all models have in common."""
 
@@ -112,7 +130,29 @@ class ViTOptions(TransformerOptions):
     distilled: bool = Field(False, description="add a distillation token with a head of its own, as DeiT does")
 
 
+class SensorNetOptions(ModelOptions):
+    """A convolutional network for one or several sensors."""
+
+    inputs: tuple[str, ...] = Field(("imu", "series"), min_length=1, description="batch keys of the sensors it reads")
+    channels: int = Field(3, gt=0, description="channels of every sensor")
+    width: int = Field(16, gt=0, description="channels of a branch's first layer; the later layers have twice as many")
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> SensorNetOptions:
+        if len(set(self.inputs)) != len(self.inputs):
+            raise ValueError(f"inputs names a sensor twice: {', '.join(self.inputs)}")
+        return self
+
+
 class QuickstartOptions(Options):
     """The comparison of a student alone with the same student distilled."""
 
     seeds: int = Field(3, ge=1, description="pairs of students, each from other weights and other batches")
+
+
+class ScriptedWriterOptions(Options):
+    """A script that writes sentences on topics."""
+
+    mistakes: float = Field(0.3, ge=0, le=1, description="share of answers that are on another topic than asked for")
+    silence: float = Field(0.05, ge=0, le=1, description="share of answers that say nothing")
+    confusion: float = Field(0.1, ge=0, le=1, description="probability that a noun or verb comes from another theme")

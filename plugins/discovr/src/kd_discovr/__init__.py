@@ -1,0 +1,1 @@
+"""DISCOVR: video encoders without labels, by distilled image supervision and online clusters."""
