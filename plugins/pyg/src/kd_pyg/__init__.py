@@ -1,0 +1,1 @@
+"""Graphs and graph neural networks of PyTorch Geometric, for node classification."""
