@@ -1,0 +1,1 @@
+"""Dataset distillation: matching gradients, distributions and trajectories, selection, and written data sets."""
