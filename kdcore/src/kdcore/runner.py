@@ -204,14 +204,15 @@ class Run:
     def forget_rows_after(self, stage: str, step: int) -> None:
         """Drop journal rows of this stage beyond a step, and of stages not finished: they will be written again."""
         if self.folder:
-            done = {path.name[3:] for path in self.stage_folders() if (path / "artifact").exists()}
+            done = {path.name.partition("-")[2] for path in self.stage_folders() if (path / "artifact").exists()}
             self.folder.keep_rows(
                 lambda row: row.get("stage") in done or (row.get("stage") == stage and row.get("step", 0) <= step)
             )
 
     def stage_folders(self) -> list[Path]:
         """The folders of the stages begun so far, in order."""
-        return sorted((self.path / "stages").glob("[0-9][0-9]-*"))
+        found = (self.path / "stages").glob("[0-9]*-*")
+        return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[list[int]]:
