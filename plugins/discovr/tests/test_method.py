@@ -297,8 +297,8 @@ def quickstarts(tmp_path_factory):
 
 
 def test_beats_the_video_branch_alone(quickstarts):
-    """Measured: 6.6 points of nearest-neighbour accuracy over these seeds."""
-    assert quickstarts[1] > 0.033
+    """Measured over eight seeds: 3.3 points of accuracy by nearest neighbours; 6.6 over these two."""
+    assert quickstarts[1] > 0.016
 
 
 def test_learns_more_than_an_untrained_encoder_knows(quickstarts, tmp_path):

@@ -73,6 +73,9 @@ class VideoMAE(nn.Module):
         body: the model.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, body: Any) -> None:
         super().__init__()
         config = body.config

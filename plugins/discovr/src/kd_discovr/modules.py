@@ -119,7 +119,8 @@ class Branch(nn.Module):
     @torch.no_grad()
     def move_teacher(self, momentum: float) -> None:
         """`teacher = momentum * teacher + (1 - momentum) * student`, for all parameters."""
-        slow, fast = list(self.teacher.parameters()), list(self.student.parameters())
+        slow: list[Tensor] = list(self.teacher.parameters())
+        fast: list[Tensor] = list(self.student.parameters())
         torch._foreach_mul_(slow, momentum)
         torch._foreach_add_(slow, fast, alpha=1 - momentum)
 

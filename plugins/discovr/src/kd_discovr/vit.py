@@ -39,6 +39,9 @@ class VideoViT(nn.Module):
         mean, std: of each channel, for frames in [0, 1].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, channels: int = 3, width: int = 768, layers: int = 12, heads: int = 12, mlp_ratio: float = 4.0,
         qkv_bias: bool = True, patch: int = 16, tubelet: int = 2,
