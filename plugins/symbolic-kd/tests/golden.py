@@ -31,4 +31,4 @@ def eventfilter(inputs: dict[str, Any], params: dict[str, Any], options: dict[st
             "tails": np.array([functional.clean_tail(str(tail), *names) for tail in inputs["tails"]])}  # fmt: skip
 
 
-ADAPTERS = {"criticcut": criticcut}
+ADAPTERS = {"criticcut": criticcut, "eventfilter": eventfilter}

@@ -64,7 +64,7 @@ def check(path: Path, adapter: Adapter) -> Case:
         for key in arrays.files:
             prefix, _, name = key.partition("_")
             if prefix in groups:
-                groups[prefix][name] = torch.from_numpy(np.array(arrays[key]))
+                groups[prefix][name] = _value(np.array(arrays[key]))
         options = json.loads(str(arrays["meta"])).get("options", {})
     for name in groups["grad"]:
         source = groups["in"].get(name, groups["param"].get(name))
@@ -82,9 +82,16 @@ def check(path: Path, adapter: Adapter) -> Case:
     return Case(path.stem, max(errors, default=0.0))
 
 
-def _error(got: Tensor, wanted: Tensor) -> float:
+def _value(array: Any) -> Any:
+    """A tensor; texts stay an array of NumPy."""
+    return array if array.dtype.kind == "U" else torch.from_numpy(array)
+
+
+def _error(got: Any, wanted: Any) -> float:
     """Largest deviation, relative to the largest magnitude wanted, which counts as `SMALL` at least; infinite where
-    shapes differ."""
+    shapes differ, and for texts that are not the same."""
+    if not isinstance(wanted, Tensor):
+        return 0.0 if np.array_equal(got, wanted) else float("inf")
     got, wanted = got.detach().to(torch.float64), wanted.to(torch.float64)
     if got.shape != wanted.shape:
         return float("inf")
