@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -119,13 +120,13 @@ def test_a_quickstart_runs_and_its_student_loads_without_the_core(environment, c
     assert "run folder:" in call("kd", "run", "kd", *CUT)
     student = environment / "elsewhere" / "runs" / "kd-quickstart" / "student"
     alone = environment / "alone"
-    alone.mkdir()
     (site,) = environment.glob("venv/lib/python*/site-packages")
-    (alone / "nets.py").write_bytes((site / "kd_demo" / "nets.py").read_bytes())
+    shutil.copytree(site / "kd_demo", alone / "kd_demo")
     code = f"""
 import sys
 sys.path[:] = [{str(alone)!r}, {str(environment / "third_party")!r}] + [p for p in sys.path if "site-packages" not in p]
-import torch, nets
+import torch
+from kd_demo import nets
 with torch.no_grad():
     print(tuple(nets.load({str(student)!r})(torch.rand(2, 1, 8, 8))["logits"].shape))
 try:

@@ -161,6 +161,13 @@ class DataModule:
         size = self.size(name)
         return None if size is None else max(1, size // batch_size)
 
+    def share_sizes(self, name: str, batch_size: int, accumulation: int, world: int) -> list[tuple[int, ...]]:
+        """The samples that each process holds of each micro-batch of a training step: they differ where a split has
+        less than a batch, or an odd one."""
+        size, parts = min(batch_size, self.size(name) or batch_size), accumulation * world
+        sizes = [len(_share(range(size), part, parts)) for part in range(parts)]
+        return [tuple(sizes[i : i + world]) for i in range(0, parts, world)]
+
     def sample(self, name: str, size: int = 2) -> Batch:
         """The first samples of a split as a batch: for shapes, checks and measurements."""
         return next(iter(self.eval_loader(name, size)))

@@ -114,6 +114,8 @@ class _Trainer:
         if options.batch_size % self.parts:
             raise RecipeError(f"train.batch_size {options.batch_size} does not split into {self.parts} equal parts "
                             "(processes × grad_accumulation)")  # fmt: skip
+        self.sizes = self.data.share_sizes(stage.splits[0], options.batch_size, options.grad_accumulation,
+                                           self.accelerator.num_processes)  # fmt: skip
         self.seed = run.seed if stage.seed is None else stage.seed
         self.step = 0
         self.pending: list[tuple[int, dict[str, Tensor], list[Any]]] = []
@@ -215,7 +217,9 @@ class _Trainer:
     def _iterate(self, micro: list[Batch]) -> dict[str, Tensor]:
         """One step: for each objective, forward and backward over the micro-batches, then its optimizer."""
         stage, accelerator = self.stage, self.accelerator
-        stage.progress = Progress(self.step, self.step // (self.per_epoch or self.total), self.step / self.total)
+        epoch = self.step // (self.per_epoch or self.total)
+        progress = [Progress(self.step, epoch, self.step / self.total, sizes) for sizes in self.sizes]
+        stage.progress = progress[0]
         stage.before_step(micro)
         shares = self._shares(micro)
         logged: dict[str, Tensor] = {}
@@ -225,6 +229,7 @@ class _Trainer:
             for group, lr in zip(optimizer.param_groups, self.base_lrs[objective], strict=True):
                 group["lr"] = lr * factor
             for i, batch in enumerate(micro):
+                stage.progress = progress[i]
                 last = i == len(micro) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
                     terms = self.module(batch, objective)

@@ -16,11 +16,15 @@ from kdcore.models import Batch, Outputs, Source
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage has come: whole steps and epochs done, and the fraction of all steps in `[0, 1)`."""
+    """How far a stage has come: whole steps and epochs done, and the fraction of all steps in `[0, 1)`.
+
+    `shares` are the samples that each process holds of the micro-batch under way, by rank; none where there is one.
+    """
 
     step: int = 0
     epoch: int = 0
     fraction: float = 0.0
+    shares: tuple[int, ...] = ()
 
 
 class Loss(nn.Module):

@@ -250,10 +250,11 @@ class Model(nn.Module):
         return None
 
     def describe(self, batch: Batch, repeats: int = 10) -> dict[str, float]:
-        """Parameters, FLOPs per sample and latency per sample in milliseconds (median), on the batch's first sample."""
+        """Parameters, FLOPs per sample and latency per sample in milliseconds (median), on the batch's first sample.
+        What does not fall into samples (a graph) is taken whole."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        one = {k: v[:1] for k, v in batch.items()}
+        one = {k: v[:1] if isinstance(v, Tensor | list | tuple) else v for k, v in batch.items()}
         was_training, device = self.training, next(self.parameters(), torch.empty(0)).device
         self.eval()
         with torch.no_grad():

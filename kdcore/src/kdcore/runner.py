@@ -15,13 +15,13 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 
 from kdcore import engine, folder
 from kdcore.card import model_card, now
 from kdcore.components import Kind
 from kdcore.data import DataModule, derive_seed, seeded
-from kdcore.errors import DataError, ModelError, RecipeError
+from kdcore.errors import DataError, Interrupted, KDError, ModelError, RecipeError, RunFailed
 from kdcore.folder import RunFolder
 from kdcore.losses import Loss, Weighted
 from kdcore.metrics import higher_is_better, metric_names
@@ -286,18 +286,37 @@ class Run:
             facts["metrics"] = stage.metrics
         else:
             set_seed(derive_seed(self.seed, stage.name) % 2**31)
-            stage.share(self, where)
-            self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            temporary = where / "artifact.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            if isinstance(stage, TrainStage):
-                engine.write(stage, temporary)
-            else:
-                stage.execute(self, where, temporary)
-            folder.commit(temporary, where / "artifact", facts)
-            shutil.rmtree(where / "checkpoints", ignore_errors=True)
+            with self.together():
+                stage.share(self, where)
+        with self.together():
+            if self.accelerator.is_main_process:
+                self._write(stage, where, facts)
+
+    def _write(self, stage: Stage, where: Path, facts: Mapping[str, Any]) -> None:
+        temporary = where / "artifact.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        if isinstance(stage, TrainStage):
+            engine.write(stage, temporary)
+        else:
+            stage.execute(self, where, temporary)
+        folder.commit(temporary, where / "artifact", facts)
+        shutil.rmtree(where / "checkpoints", ignore_errors=True)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, processes work apart; afterwards they wait for each other, and what went wrong in one ends all."""
+        wrong: BaseException | None = None
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            wrong = error
+        if self.accelerator.num_processes > 1:
+            with self.signals():  # it is for those still at work to obey them
+                told = gather_object([_portable(wrong, self.accelerator.process_index)])
+            wrong = wrong or next((error for error in told if error), None)
+        if wrong:
+            raise wrong
 
     def _load_trained(self, stage: TrainStage, artifact: Path, facts: Mapping[str, Any]) -> TrainStage:
         from safetensors.torch import load_model
@@ -381,6 +400,15 @@ class Run:
             if split not in self.data and "on" in self.recipe.eval.model_fields_set:
                 raise DataError(f"eval.on: the data has no split {split!r}; it has: {', '.join(self.data.splits)}")
         _ = self.metric_names  # refuses names that are not there
+
+
+def _portable(error: BaseException | None, process: int) -> KDError | None:
+    """An error as other processes are told of it."""
+    if isinstance(error, KDError | None):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(f"process {process} was interrupted")
+    return RunFailed(f"process {process} failed: {type(error).__name__}: {error}")
 
 
 def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:

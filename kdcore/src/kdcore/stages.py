@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import torch.distributed
 import torch.distributed.nn.functional
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from kdcore.data import DataModule, Task
@@ -226,7 +228,7 @@ class Distill(TrainStage):
             theirs = teachers if "teachers" in item.loss.needs else teachers.get(item.teacher, Outputs())
             inputs = (student, theirs, batch)
             if item.loss.relational and _world_size() > 1:
-                inputs = map_tensors(inputs, gather_with_grad)
+                inputs = map_tensors(inputs, functools.partial(gather_with_grad, shares=self.progress.shares))
             factor = item.factor(self.progress)
             for name, value in named_terms(item.name, item.loss(*inputs)).items():
                 terms[name] = value if factor == 1.0 else value * factor
@@ -352,13 +354,23 @@ def make_optimizer(parameters: Any, options: OptimizerOptions) -> Optimizer:
     return cast(Optimizer, getattr(torch.optim, names[options.name])(groups, lr=options.lr, **given))
 
 
-def gather_with_grad(tensor: Tensor) -> Tensor:
-    """The tensors of all processes, concatenated along the first dimension, with gradient to each."""
+def gather_with_grad(tensor: Tensor, shares: Sequence[int] = ()) -> Tensor:
+    """The tensors of all processes, concatenated along the first dimension, with gradient to each.
+
+    Args:
+        tensor: `[B, ...]`.
+        shares: B on each process, where they may differ (`Progress.shares`).
+    """
+    uneven = len(set(shares)) > 1
+    if uneven:
+        tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, max(shares) - tensor.shape[0]))
+    tensor = tensor.contiguous()
     if tensor.is_floating_point():
-        return torch.cat(torch.distributed.nn.functional.all_gather(tensor.contiguous()))  # type: ignore[no-untyped-call]
-    parts = [torch.empty_like(tensor) for _ in range(_world_size())]
-    torch.distributed.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+        parts = torch.distributed.nn.functional.all_gather(tensor)  # type: ignore[no-untyped-call]
+    else:
+        parts = [torch.empty_like(tensor) for _ in range(_world_size())]
+        torch.distributed.all_gather(parts, tensor)
+    return torch.cat([part[:size] for part, size in zip(parts, shares, strict=True)] if uneven else list(parts))
 
 
 def _both_logits(loss: Loss) -> bool:

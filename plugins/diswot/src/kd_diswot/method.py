@@ -41,7 +41,9 @@ class DisWOT(Method):
         arch = best(archive, self.options)
         logger.info("the student's architecture is %s, of %d that were scored", arch, len(archive))
         run.adopt("student", run.variant("student", arch=arch))
-        yield Distill(run.student, self.losses(), run.teacher)
+        stage = Distill(run.student, self.losses(), run.teacher)
+        stage.find_unused_parameters = True  # in a cell, an edge behind `none` leads nowhere
+        yield stage
 
     def losses(self) -> list[Weighted]:
         """Labels, soft targets and the two similarities, those with a weight."""

@@ -43,7 +43,7 @@ class RoutedKD(Loss):
         stacked = torch.stack([outputs.need("logits") for outputs in teachers.values()])
         gate_logits = self.gate(logits)
         divergence = routed_kl(logits, stacked, gate_logits, k=o.k, temperature=o.temperature, routing=o.routing)
-        balance = load_balance(_of_all_processes(gate_logits), mode=o.lb_mode)
+        balance = load_balance(self._of_all_processes(gate_logits), mode=o.lb_mode)
         epoch = self.progress.epoch
         return {
             "kl": decayed(o.w_kl, epoch, o.kl_decay, o.kl_decay_every) * divergence,
@@ -66,7 +66,6 @@ class RoutedKD(Loss):
                 raise ModelError(f"the logits of teacher {role!r} have shape {list(theirs.shape)}, the student's "
                                  f"{list(logits.shape)}; routed-kd compares them class by class")  # fmt: skip
 
-
-def _of_all_processes(gate_logits: Tensor) -> Tensor:
-    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    return gather_with_grad(gate_logits) if several else gate_logits
+    def _of_all_processes(self, gate_logits: Tensor) -> Tensor:
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        return gather_with_grad(gate_logits, self.progress.shares) if several else gate_logits

@@ -256,20 +256,21 @@ class MGD(Adapted):
                                  f"{list(ours.shape[-2:])} and the teacher's {list(theirs.shape[-2:])}; name layers "
                                  "of one size in student_layers and teacher_layers")  # fmt: skip
             shape = (len(theirs), 1, *theirs.shape[-2:]) if o.kind == "dense" else (*theirs.shape[:2], 1, 1)
-            draw = batch_rand(shape, derive_seed(self.seed, self.progress.step, number), theirs.device)
+            seed = derive_seed(self.seed, self.progress.step, number)
+            draw = batch_rand(shape, seed, theirs.device, self.progress.shares)
             keep = generation_mask(draw, o.masked, o.kind)
             losses.append(functional.mgd(generator(ours, keep), theirs, alpha=o.alpha))
         return torch.stack(losses).sum()
 
 
-def batch_rand(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+def batch_rand(shape: Sequence[int], seed: int, device: torch.device, shares: Sequence[int] = ()) -> Tensor:
     """Uniform numbers for this process's part of the batch (first dimension): those that one process alone would draw
-    for it among the whole batch."""
-    together = torch.distributed.is_initialized()
-    world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if together else (1, 0)
+    for it among the whole batch, of which the processes hold `shares`."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    first, total = sum(shares[:rank]), sum(shares) or shape[0]
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand((world * shape[0], *shape[1:]), generator=generator)
-    return draw[rank * shape[0] : (rank + 1) * shape[0]].to(device, non_blocking=True)
+    draw = torch.rand((total, *shape[1:]), generator=generator)
+    return draw[first : first + shape[0]].to(device, non_blocking=True)
 
 
 class SimKD(Adapted):

@@ -72,7 +72,8 @@ class Structural(Distill):
             real = F.interpolate(real.float(), fake.shape[-2:], mode="bilinear", align_corners=False)
         terms = {"critic": self._judge(fake, batch).mean() - self._judge(real, batch).mean()}
         if self.options.gradient_penalty and torch.is_grad_enabled():
-            share = batch_rand((len(real), 1, 1, 1), derive_seed(self.seed_of_shares, self.progress.step), real.device)
+            seed = derive_seed(self.seed_of_shares, self.progress.step)
+            share = batch_rand((len(real), 1, 1, 1), seed, real.device, self.progress.shares)
             between = (share * real + (1 - share) * fake.float()).requires_grad_()
             (slope,) = torch.autograd.grad(self._judge(between, batch).sum(), between, create_graph=True)
             penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
