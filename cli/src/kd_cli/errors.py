@@ -52,7 +52,7 @@ def say(label: str, message: str, colour: str = "red") -> None:
 def _end(label: str, message: str, code: int) -> NoReturn:
     if _debugging():
         traceback.print_exc()
-    if is_main_process() and (code == 130 or LAUNCHED not in os.environ):
+    if is_main_process() and (label == "interrupted" or LAUNCHED not in os.environ):
         say(label, message)
     if where := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # from here the launcher learns what happened
         Path(where).write_text(json.dumps({"message": f"{label}: {message}", "timestamp": int(time.time())}))

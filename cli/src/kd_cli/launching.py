@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import typer
 
-from kd_cli.errors import LAUNCHED, say
+from kd_cli.errors import LAUNCHED, UNEXPECTED, say
+from kdcore.errors import Interrupted, Terminated
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-_SHUTDOWN_SECONDS = 120
-"""After a signal, how long the processes have to agree on a step and write a checkpoint before they are killed."""
+_TO_END = 5
+"""Seconds that a process has to end by itself when its grace period is over, before it is killed."""
 
 
-def launch(ctx: typer.Context, recipe: str, overrides: list[str], arguments: list[str], processes: int) -> int:
+def launch(
+    ctx: typer.Context, recipe: str, overrides: list[str], arguments: list[str], processes: int, grace: float
+) -> int:
     """Validate the recipe here, then run it in as many processes. The exit status of the first that failed.
 
     Raises:
@@ -35,12 +40,12 @@ def launch(ctx: typer.Context, recipe: str, overrides: list[str], arguments: lis
         logging.disable()
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(grace) + _TO_END))
     command = ["-m", "kd_cli", *_global_options(ctx), "run", *arguments]
     try:
         start(parse_args(["--standalone", f"--nproc-per-node={processes}", *command]))  # type: ignore[no-untyped-call]
-    except SignalException:
-        return 130
+    except SignalException as error:
+        return Terminated.exit_code if error.sigval == signal.SIGTERM else Interrupted.exit_code
     except ChildFailedError as error:
         _explain(error.failures)
         return max(error.get_first_failure()[1].exitcode, 1)
@@ -55,6 +60,8 @@ def _global_options(ctx: typer.Context) -> list[str]:
 def _explain(failures: dict[int, ProcessFailure]) -> None:
     """Say once what each process that failed by itself says, and in which one where they differ."""
     own = {rank: failure for rank, failure in failures.items() if failure.exitcode > 0} or failures
+    named = {rank: failure for rank, failure in own.items() if not failure.message.startswith(UNEXPECTED)}
+    own = named or own  # a process that loses another one fails, too
     messages = {failure.message: rank for rank, failure in reversed(own.items())}
     for message, rank in reversed(messages.items()):
         label, _, rest = message.partition(": ")

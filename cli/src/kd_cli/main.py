@@ -25,12 +25,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 done, 1 the run failed, 2 wrong input, 130 interrupted (a checkpoint was saved first). "
+    epilog="Exit status: 0 done, 1 the run failed, 2 wrong input, 130 interrupted by Ctrl-C, 75 ended by "
+    "SIGTERM (a checkpoint was saved first: run it again). "
     "KD_DEBUG=1 shows tracebacks; KD_PLUGINS=a,b loads only those plugins, KD_DISABLE_PLUGINS=c all but those.",
 )
 app.command("list")(listing.list_components)
 app.command("show")(showing.show)
-app.command("run")(running.run)
+app.command("run", cls=running.RunCommand)(running.run)
 app.command("eval")(evaluating.evaluate)
 app.command("bench")(benching.bench)
 app.command("compare")(benching.compare)

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from kd_cli import progress, tables
 from kd_cli.errors import is_main_process
+from kdcore.errors import Terminated
 from kdcore.plugins import PluginManager
+from kdcore.signals import GRACE
 
 if TYPE_CHECKING:
     from kdcore.runner import Result
+
+
+class RunCommand(TyperCommand):
+    """Takes `--resume auto`, as job scripts write it, for `--resume`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments without the word."""
+        plain = ["--resume" if word == "--resume=auto" else word for word in args]
+        after = [None, *plain]
+        return super().parse_args(ctx, [word for word, before in zip(plain, after, strict=False)
+                                        if (before, word) != ("--resume", "auto")])  # fmt: skip
 
 
 def run(
@@ -28,14 +44,20 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, show recipe and downloads, do nothing.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Show a finished run again instead of refusing it.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Show a finished run again instead of refusing it; `--resume auto` is the same."),
+    ] = False,
+    grace: Annotated[float, typer.Option(min=1, help="Seconds to save a checkpoint in after SIGTERM.")] = GRACE,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per device.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")] = False,
 ) -> None:
     """Run a recipe.
 
-    A run that was killed or interrupted goes on where it stopped when the same command is given again.
+    A run that was killed or interrupted goes on where it stopped when the same command is given again. After SIGTERM it
+    saves a checkpoint and ends with 75: a job script that runs the command with `--resume auto` may be started again
+    as often as need be.
 
     Examples:
 
@@ -53,12 +75,14 @@ def run(
 
         arguments = [recipe, *(overrides or []), *(["--run-dir", str(run_dir)] if run_dir else [])]
         arguments += [flag for flag, given in (("--resume", resume), ("--json", as_json), ("--quiet", quiet)) if given]
-        raise typer.Exit(launch(ctx, recipe, overrides or [], arguments, processes))
+        arguments += ["--grace", str(grace)]
+        raise typer.Exit(launch(ctx, recipe, overrides or [], arguments, processes, grace))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Terminated.exit_code))  # until the run handles it
     silent = as_json or quiet or not is_main_process()
     with contextlib.nullcontext() if silent else progress.shown(ctx.obj):
         import kdcore
 
-        result = kdcore.run(recipe, overrides or (), run_dir=run_dir, resume=resume, plugins=ctx.obj)
+        result = kdcore.run(recipe, overrides or (), run_dir=run_dir, resume=resume, plugins=ctx.obj, grace=grace)
     if not is_main_process():
         return None
     if as_json:

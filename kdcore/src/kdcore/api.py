@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +17,15 @@ from kdcore.adopt import as_data_module
 from kdcore.card import run_facts
 from kdcore.components import Component
 from kdcore.data import DataModule, Task
-from kdcore.errors import DataError, Interrupted, ModelError, RunFolderError, UserError
-from kdcore.folder import RunFolder
+from kdcore.errors import DataError, Interrupted, ModelError, RunFailed, RunFolderError, UserError
+from kdcore.folder import RunFolder, disk_problem
 from kdcore.hookspecs import hookimpl
 from kdcore.models import FromColumns, Model, Source
 from kdcore.options import Download
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Resolved, find_recipe, load, resolve
 from kdcore.runner import Result, Run
+from kdcore.signals import GRACE
 from kdcore.stages import Method, Supervised, check_roles
 
 
@@ -34,6 +36,7 @@ def run(
     run_dir: str | Path | None = None,
     resume: bool = False,
     plugins: PluginManager | None = None,
+    grace: float = GRACE,
 ) -> Result:
     """Run a recipe: a file, a mapping, or `method/recipe` for one that a plugin ships.
 
@@ -46,16 +49,17 @@ def run(
         run_dir: the run folder; default: `runs/<name of the recipe>`.
         resume: show the result of a finished run instead of refusing its folder.
         plugins: a manager with further plugins registered.
+        grace: seconds in which the run has to end after SIGTERM.
 
     Raises:
         UserError: on wrong input, before anything is written where it can be known then.
-        RunFailed: if training goes wrong.
-        Interrupted: on SIGINT or SIGTERM, after a checkpoint.
+        RunFailed: if training goes wrong, or the disk is full.
+        Interrupted: on SIGINT, after a checkpoint; its subclass `Terminated` on SIGTERM.
     """
     manager = plugins or PluginManager()
     source, name = find_recipe(recipe, manager)
     resolved = resolve(load(source, overrides), manager, "the recipe" if isinstance(source, Mapping) else str(recipe))
-    return _run(resolved, manager, Path(run_dir or Path("runs") / name), resume)
+    return _run(resolved, manager, Path(run_dir or Path("runs") / name), resume, grace=grace)
 
 
 def distill(
@@ -107,12 +111,26 @@ def distill(
 
 
 def _run(
-    resolved: Resolved, manager: PluginManager, path: Path, resume: bool, given: Mapping[str, Any] | None = None
-) -> Result:
-    run = Run(resolved, manager, path, given)
+    resolved: Resolved, manager: PluginManager, path: Path, resume: bool, given: Mapping[str, Any] | None = None,
+    grace: float = GRACE,
+) -> Result:  # fmt: skip
+    run = Run(resolved, manager, path, given, grace)
     atexit.unregister(_leave_processes)
     atexit.register(_leave_processes)
-    status = _open_folder(run, resolved, resume)
+    with run.watch.handled():
+        try:
+            return _opened(run, resolved, resume, given)
+        except (KeyboardInterrupt, Interrupted) as error:
+            raise run.watch.explain(error) from error
+        except Exception as error:
+            if (problem := disk_problem(error)) is None:
+                raise
+            raise RunFailed(f"the run folder {path} cannot be written any more: {problem}. What was saved before is "
+                            "whole: make room, and give the same command again") from error  # fmt: skip
+
+
+def _opened(run: Run, resolved: Resolved, resume: bool, given: Mapping[str, Any] | None) -> Result:
+    path, status = run.path, _open_folder(run, resolved, resume)
     wrong = False
     try:
         if status.get("status") == "finished":
@@ -126,7 +144,9 @@ def _run(
         wrong = isinstance(error, UserError)
         if run.folder:
             stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-            run.folder.update(status="interrupted" if stopped else "failed", error=f"{type(error).__name__}: {error}")
+            said = {"status": "interrupted" if stopped else "failed", "error": f"{type(error).__name__}: {error}"}
+            with contextlib.suppress(OSError, RunFolderError):  # the disk may be what is wrong
+                run.folder.update(**said)
         raise
     finally:
         for tracker in run.accelerator.trackers:  # end_training() would end the process group, which a next run needs
@@ -216,12 +236,20 @@ def load_student(run_dir: str | Path, overrides: Iterable[str] = (),
 
 
 def student_folder(path: Path, role: str = "student") -> Path:
-    """The folder of a trained student: of a run folder, the student in it; any other folder is taken as it is."""
+    """The folder of a trained student: of a run folder, the student in it; any other folder is taken as it is. Files
+    that a manifest names must be as they were written.
+
+    Raises:
+        RunFolderError: if one is not, or the run is not finished.
+    """
     if (path / "run.json").is_file():
         for where in (path / "student", path / "students" / role):
             if where.is_dir():
+                folder.verify_files(where)
                 return where
         raise RunFolderError(f"{path}: the run has no finished student yet; finish it with the same command")
+    if path.is_dir():
+        folder.verify_files(path)
     return path
 
 

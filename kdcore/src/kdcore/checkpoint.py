@@ -16,9 +16,12 @@ from kdcore.errors import RunFolderError
 logger = logging.getLogger(__name__)
 
 
-def save(accelerator: Accelerator, checkpoints: Path, step: int, keep: int, facts: Mapping[str, Any]) -> Path:
+def save(
+    accelerator: Accelerator, checkpoints: Path, step: int, keep: int, facts: Mapping[str, Any], recipe: str
+) -> Path:
     """Write everything Accelerate holds (modules, optimizers, scaler, random states of every process) after `step`
-    steps, with `facts` in the manifest; then remove all but the last `keep` checkpoints. Returns the new folder."""
+    steps, with `facts` and the recipe's fingerprint in the manifest; then remove all but the last `keep` checkpoints.
+    Returns the new folder."""
     final, temporary = checkpoints / f"step-{step:08d}", checkpoints / f"step-{step:08d}.tmp"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -27,20 +30,31 @@ def save(accelerator: Accelerator, checkpoints: Path, step: int, keep: int, fact
     accelerator.save_state(str(temporary), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.commit(temporary, final, {"step": step, "processes": accelerator.num_processes, **facts})
+        folder.commit(temporary, final, {"step": step, "processes": accelerator.num_processes, **facts}, recipe)
         for old in sorted(checkpoints.glob("step-*[0-9]"))[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
 
 
-def latest(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint that is whole, with its facts; damaged ones are named in a warning and passed over."""
+def latest(checkpoints: Path, recipe: str) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint that is whole, with its facts; damaged ones are named in a warning and passed over.
+
+    Raises:
+        RunFolderError: if there are checkpoints, and none of them can be used.
+    """
+    problems: list[str] = []
     for path in sorted(checkpoints.glob("step-*[0-9]"), reverse=True):
         try:
-            return path, folder.verify(path)
+            found = path, folder.verify(path, recipe)
+            for problem in problems:
+                logger.warning("%s; the checkpoint before it is used: %s", problem, path.name)
+            return found
         except RunFolderError as error:
-            logger.warning("%s; trying the checkpoint before it", error)
+            problems.append(str(error))
+    if problems:
+        raise RunFolderError(f"no checkpoint of this stage can be used: {'; '.join(problems)}. Put one back, or delete "
+                             f"{checkpoints} to train the stage from its start")  # fmt: skip
     return None
 
 

@@ -157,7 +157,10 @@ class _Trainer:
             parameter.grad = None
 
     def _resume(self) -> None:
-        found = checkpoint.latest(self.checkpoints)
+        found = checkpoint.latest(self.checkpoints, self.run.resolved.fingerprint)
+        if found is None and (lost := self.run.last_checkpoint(self.stage.name)):
+            logger.warning("stage %s begins again: its checkpoints in %s, the last of step %d, are gone",
+                           self.stage.name, self.checkpoints, lost)  # fmt: skip
         if found:
             path, facts = found
             checkpoint.restore(self.accelerator, path)
@@ -310,7 +313,8 @@ class _Trainer:
         self._read_terms()  # a step that went wrong must not become a checkpoint
         own_storage(self.stage)
         path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints,
-                               {"metrics": self.stage.metrics})  # fmt: skip
+                               {"metrics": self.stage.metrics}, self.run.resolved.fingerprint)  # fmt: skip
+        self.run.note_checkpoint(self.stage.name, self.step)
         self.run.notify("kd_checkpoint_saved", stage=self.stage, path=path)
 
 

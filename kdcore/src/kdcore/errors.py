@@ -1,7 +1,8 @@
 """Errors that are for people: what is wrong, where, and what to do about it.
 
 Everything a user can get wrong raises a subclass of `UserError` (exit status 2 on the command line); a run that
-fails for another reason raises `RunFailed` (exit status 1), one that was asked to stop `Interrupted` (130).
+fails for another reason raises `RunFailed` (exit status 1), one that was asked to stop `Interrupted` (130), one that a
+scheduler ended with SIGTERM `Terminated` (75).
 """
 
 from __future__ import annotations
@@ -54,6 +55,14 @@ class Interrupted(KDError):  # noqa: N818
     """The run was interrupted by a signal, after its state was saved."""
 
     exit_code = 130
+
+
+class Terminated(Interrupted):
+    """The run was ended by SIGTERM, as schedulers send it before they take a machine away: run the same command again.
+
+    The exit status is `EX_TEMPFAIL` of sysexits.h."""
+
+    exit_code = 75
 
 
 def did_you_mean(name: str, valid: Iterable[str], label: str = "valid names") -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -15,7 +18,24 @@ from filelock import FileLock, Timeout
 
 from kdcore.errors import RunFolderError
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+FORMAT = 1
+"""Of run folders and manifests. A later one is refused, not guessed at."""
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+_DISK_TEXTS = r"No space left|os error (28|27|30|122)|file write failed|PytorchStreamWriter failed|Disk quota|too large"
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What a storage said, where it is behind an error; torch and safetensors only say it in their texts."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    if isinstance(error, OSError) or not re.search(_DISK_TEXTS, str(error)):
+        return None
+    return str(error).splitlines()[0]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -28,10 +48,12 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def commit(temporary: Path, final: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Make a finished folder permanent: digests of its files and `facts` in a manifest, flushed, then renamed."""
+def commit(temporary: Path, final: Path, facts: Mapping[str, Any] | None = None, recipe: str = "") -> None:
+    """Make a finished folder permanent: digests of its files, `facts` and the fingerprint of the recipe it belongs to
+    in a manifest, flushed, then renamed."""
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    manifest = {"facts": dict(facts or {}), "files": {str(p.relative_to(temporary)): _digest(p) for p in files}}
+    manifest = {"format": FORMAT, "recipe": recipe, "facts": dict(facts or {}),
+                "files": {str(p.relative_to(temporary)): _digest(p) for p in files}}  # fmt: skip
     write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
     for path in [*files, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         _flush(path)
@@ -41,24 +63,59 @@ def commit(temporary: Path, final: Path, facts: Mapping[str, Any] | None = None)
     _flush(final.parent)
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, recipe: str = "") -> dict[str, Any]:
     """Check a committed folder against its manifest and return its facts.
 
     Raises:
-        RunFolderError: naming the file that is missing or changed.
+        RunFolderError: naming the file that is missing or changed, or if the folder belongs to another recipe or was
+            written by a later version.
     """
+    facts, files, theirs = _manifest(folder)
+    if recipe and theirs != recipe:
+        raise RunFolderError(f"{folder} belongs to a run of another recipe")
+    for name, digest in files.items():
+        _check_file(folder, name, digest)
+    return facts
+
+
+def verify_files(folder: Path) -> None:
+    """Check what lies in a folder, where a manifest in it or up to two folders above names it.
+
+    Raises:
+        RunFolderError: as `verify`.
+    """
+    for root in (folder, *folder.resolve().parents[:2]):
+        if (root / MANIFEST).is_file():
+            below = "" if root == folder else f"{folder.resolve().relative_to(root)}/"
+            for name, digest in _manifest(root)[1].items():
+                if name.startswith(below):
+                    _check_file(root, name, digest)
+            return
+
+
+def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str], str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files: dict[str, str] = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = dict(manifest["facts"]), {str(k): str(v) for k, v in manifest["files"].items()}, str(manifest["recipe"])
+        form = int(manifest["format"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunFolderError(f"{folder} is damaged: {MANIFEST} is missing or unreadable") from None
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            raise RunFolderError(f"{folder} is damaged: {name} is missing")
-        if _digest(folder / name) != digest:
-            raise RunFolderError(f"{folder} is damaged: {name} does not match its digest")
-    facts: dict[str, Any] = manifest["facts"]
-    return facts
+    _check_format(folder, form)
+    return found
+
+
+def _check_format(path: Path, form: int) -> None:
+    if form > FORMAT:
+        raise RunFolderError(f"{path} was written by a later version of kdcore (format {form}; this one knows "
+                             f"{FORMAT}): update kdcore")  # fmt: skip
+
+
+def _check_file(folder: Path, name: str, digest: str) -> None:
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
+        raise RunFolderError(f"{folder} is damaged: {name} is missing")
+    if _digest(path) != digest:
+        raise RunFolderError(f"{folder} is damaged: {name} does not match its digest")
 
 
 def _digest(path: Path) -> str:
@@ -101,10 +158,17 @@ class RunFolder:
         except Timeout:
             raise RunFolderError(f"{path} is in use by another run (process {self.read().get('pid', 'unknown')}); "
                                  f"wait for it, or choose another --run-dir") from None  # fmt: skip
+        except NotImplementedError:
+            raise RunFolderError(f"{path}: the file system cannot lock files; choose another --run-dir") from None
         except OSError as error:
-            raise RunFolderError(f"{path}: the run folder cannot be written: {error.strerror}") from None
+            raise _unwritable(path, error) from None
         try:
+            _check_storage(path)
             self.resumed = self._open(recipe, resume)
+            _sweep(path)
+        except OSError as error:
+            self._lock.release()
+            raise _unwritable(path, error) from None
         except BaseException:
             self._lock.release()
             raise
@@ -113,16 +177,15 @@ class RunFolder:
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
         status = self.read()
         if not status:
-            strange = [
-                p.name for p in self.path.iterdir() if p.name not in (".lock", "recipe.yaml") and p.suffix != ".tmp"
-            ]
+            known = (".lock", ".probe", "recipe.yaml")
+            strange = [p.name for p in self.path.iterdir() if p.name not in known and p.suffix != ".tmp"]
             if strange:
                 raise RunFolderError(f"{self.path} is not a run folder: it holds {', '.join(sorted(strange)[:3])}; "
                                      "choose another --run-dir")  # fmt: skip
             write_text(self.path / "recipe.yaml", text)
             return False
-        old = (self.path / "recipe.yaml").read_text() if (self.path / "recipe.yaml").is_file() else ""
-        differences = _differences(yaml.safe_load(old) or {}, yaml.safe_load(text)) if old != text else {}
+        _check_format(self.path, int(status.get("format", FORMAT)))
+        differences = _differences(self._old_recipe(), yaml.safe_load(text))
         if changed := ", ".join(f"{key}: {what}" for key, what in differences.items() if not self._passes(key)):
             raise RunFolderError(f"{self.path} holds a run of another recipe (different: {changed}); "
                                  f"choose a new folder, such as --run-dir {self.next_free()}")  # fmt: skip
@@ -131,6 +194,14 @@ class RunFolder:
                                  f"--run-dir {self.next_free()} starts a new one")  # fmt: skip
         write_text(self.path / "recipe.yaml", text)
         return True
+
+    def _old_recipe(self) -> dict[str, Any]:
+        path = self.path / "recipe.yaml"
+        try:
+            return dict(yaml.safe_load(path.read_text()))
+        except (OSError, ValueError, TypeError, yaml.YAMLError):
+            raise RunFolderError(f"{path} is missing or damaged, so that nobody can tell what the folder holds; put it "
+                                 f"back, or choose a new folder, such as {self.next_free()}") from None  # fmt: skip
 
     def _passes(self, key: str) -> bool:
         return any(f"{key}.".startswith(f"{passing}.") for passing in self.passing)
@@ -145,16 +216,16 @@ class RunFolder:
     def read(self) -> dict[str, Any]:
         """`run.json`, or nothing where there is none yet."""
         try:
-            content: dict[str, Any] = json.loads((self.path / "run.json").read_text())
-            return content
+            return dict(json.loads((self.path / "run.json").read_text()))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
-            raise RunFolderError(f"{self.path / 'run.json'} is unreadable: {error}") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise RunFolderError(f"{self.path / 'run.json'} is damaged ({error}); put it back, or choose a new folder, "
+                                 f"such as {self.next_free()}") from None  # fmt: skip
 
     def update(self, **facts: Any) -> None:
         """Change entries of `run.json`."""
-        write_text(self.path / "run.json", json.dumps({**self.read(), **facts}, indent=1))
+        write_text(self.path / "run.json", json.dumps({"format": FORMAT, **self.read(), **facts}, indent=1))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row to `metrics.jsonl`."""
@@ -162,11 +233,16 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def keep_rows(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the rows of `metrics.jsonl` that are not to be kept, and a last line that was cut off."""
+        """Drop the rows of `metrics.jsonl` that are not to be kept, and a last line that was cut off. Lines that are no
+        rows are named in a warning, and dropped."""
         path = self.path / "metrics.jsonl"
-        rows = [row for line in path.read_text().splitlines() if (row := _row(line))] if path.exists() else []
-        if rows or path.exists():
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows if keep(row)))
+        if not path.exists():
+            return
+        lines = path.read_bytes().decode(errors="replace").split("\n")
+        rows = [_row(line) for line in lines[:-1]]
+        if damaged := [number for number, row in enumerate(rows, 1) if not row]:
+            logger.warning("%s is damaged: line %s cannot be read and is left out", path, ", ".join(map(str, damaged)))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row and keep(row)))
 
     def discard(self) -> None:
         """Take a new folder away again, unless a stage in it was finished or saved: its recipe was wrong."""
@@ -178,12 +254,36 @@ class RunFolder:
         self._lock.release()
 
 
+def _unwritable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{path}: the run folder cannot be written: {error.strerror}")
+
+
 def _row(line: str) -> dict[str, Any]:
     try:
-        row: dict[str, Any] = json.loads(line)
-        return row
-    except ValueError:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
         return {}
+
+
+def _check_storage(path: Path) -> None:
+    """Refuse a file system on which a file cannot take another's place: a kill could then leave half a file."""
+    probe = path / ".probe"
+    write_text(probe, "")
+    try:
+        write_text(probe, "again")
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: the file system cannot put a file in another's place ({error.strerror}), which "
+            "checkpoints need; choose a --run-dir on a local disk, or on NFS or Lustre"
+        ) from None
+    probe.unlink()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a run that was killed had half written."""
+    for folder in (path, path / "students", *path.glob("stages/*"), *path.glob("stages/*/*")):
+        for left in folder.glob("*.tmp") if folder.name != "artifact" and folder.is_dir() else ():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _differences(old: Any, new: Any, key: str = "") -> dict[str, str]:

@@ -83,21 +83,21 @@ class GenerateStage(Stage):
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
         with run.signals() as signals:
             for number in range(rank, self.total_steps, world):
-                if _whole(_shard(workspace, number)):
+                if _whole(run, _shard(workspace, number)):
                     continue
-                self._write(_shard(workspace, number), number, run.seed)
+                self._write(run, _shard(workspace, number), number)
                 run.notify("kd_step_finished", stage=self, step=number + 1, terms={})
                 if signals:
                     raise Interrupted(f"interrupted in stage {self.name!r} at prompt {(number + 1) * self.shard_size} "
                                       f"of {len(self.rows)}; the same command goes on from here")  # fmt: skip
 
-    def _write(self, path: Path, number: int, seed: int) -> None:
+    def _write(self, run: Run, path: Path, number: int) -> None:
         from datasets import Dataset
 
         first = number * self.shard_size
         rows = [self.rows[i] for i in range(first, min(first + self.shard_size, len(self.rows)))]
         prompts = [self.prompt(row) for row in rows]
-        seeds = [derive_seed(seed, self.name, first + i) for i in range(len(rows))]
+        seeds = [derive_seed(run.seed, self.name, first + i) for i in range(len(rows))]
         answers = self.teacher.generate(prompts, self.sampling, seeds)
         if [len(group) for group in answers] != [self.sampling.n] * len(rows):
             raise RunFailed(f"stage {self.name!r}: {self.teacher.name} did not give {self.sampling.n} answers to each "
@@ -108,7 +108,7 @@ class GenerateStage(Stage):
         temporary = path.with_name(f"{path.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         Dataset.from_list(records, features=_features(self.rows)).save_to_disk(str(temporary))
-        folder.commit(temporary, path)
+        run.commit(temporary, path)
 
     def _record(self, row: Row, prompt: Prompt, answer: Answer, seed: int) -> Row:
         return {**row, "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
@@ -195,11 +195,11 @@ def _shard(workspace: Path, number: int) -> Path:
     return where / f"{number:06d}"
 
 
-def _whole(shard: Path) -> bool:
+def _whole(run: Run, shard: Path) -> bool:
     if not shard.exists():
         return False
     try:
-        folder.verify(shard)
+        run.verify(shard)
     except RunFolderError as error:
         logger.warning("%s; its prompts are asked again", error)
         return False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import re
 import types
 import typing
@@ -200,15 +203,28 @@ class Resolved:
         """Key paths of options that do not change the result."""
         return {f"{key}.{name}" for key, options in self.options.items() if options for name in options.passing}
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over all that may change the result: what artifacts and checkpoints belong to."""
+        data = self.dump()
+        for path in self.passing:
+            *parents, last = path.split(".")
+            _node(data, parents).pop(last, None)
+        return hashlib.blake2b(json.dumps(data, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
     def dump(self) -> dict[str, Any]:
         """The recipe as plain data, every default of its components written out: what the run folder keeps."""
         data = self.recipe.model_dump(mode="json", exclude_none=True)
         for key, options in self.options.items():
-            node: Any = data
-            for part in key.split("."):
-                node = node[int(part)] if isinstance(node, list) else node[part]
-            node.update(options.model_dump(mode="json") if options else {})
+            _node(data, key.split(".")).update(options.model_dump(mode="json") if options else {})
         return data
+
+
+def _node(data: Any, path: Iterable[str]) -> Any:
+    """What stands at a key path of plain data."""
+    for part in path:
+        data = data[int(part)] if isinstance(data, list) else data[part]
+    return data
 
 
 def find_recipe(recipe: str | Path | Mapping[str, Any], manager: PluginManager) -> tuple[Any, str]:

@@ -5,29 +5,31 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import re
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from kdcore import engine, folder
 from kdcore.card import model_card, now
 from kdcore.components import Kind
 from kdcore.data import DataModule, derive_seed, seeded
-from kdcore.errors import DataError, Interrupted, KDError, ModelError, RecipeError, RunFailed
+from kdcore.errors import DataError, Interrupted, ModelError, RecipeError
 from kdcore.folder import RunFolder
 from kdcore.losses import Loss, Weighted
 from kdcore.metrics import higher_is_better, metric_names
 from kdcore.models import Model, Source, check_pair
 from kdcore.plugins import PluginManager
+from kdcore.processes import together
 from kdcore.recipe import Recipe, Resolved, with_changes
+from kdcore.signals import GRACE, Signals
 from kdcore.stages import Method, Stage, Supervised, TrainStage, check_roles
 from kdcore.text import TextTeacher
 
@@ -64,7 +66,12 @@ class Run:
     """
 
     def __init__(
-        self, resolved: Resolved, manager: PluginManager, path: Path, given: Mapping[str, Any] | None = None
+        self,
+        resolved: Resolved,
+        manager: PluginManager,
+        path: Path,
+        given: Mapping[str, Any] | None = None,
+        grace: float = GRACE,
     ) -> None:
         self.resolved, self.recipe, self.manager, self.path = resolved, resolved.recipe, manager, path
         self.given = dict(given or {})
@@ -73,6 +80,7 @@ class Run:
         device = self.accelerator.device
         self.device = torch.device("cpu") if device.type == "cpu" else device
         self.folder: RunFolder | None = None
+        self.watch = Signals(grace)
         self.stop_reason: str | None = None
         self.rows: list[dict[str, Any]] = []
         self.extra_metrics: dict[str, tuple[float, bool]] = {}
@@ -209,30 +217,35 @@ class Run:
                 lambda row: row.get("stage") in done or (row.get("stage") == stage and row.get("step", 0) <= step)
             )
 
+    def note_checkpoint(self, stage: str, step: int) -> None:
+        """Write down in `run.json` that a stage has a checkpoint, so that one that is missing later is missed."""
+        if self.folder:
+            self.folder.update(checkpoints={**self.folder.read().get("checkpoints", {}), stage: step})
+
+    def last_checkpoint(self, stage: str) -> int:
+        """The step of the last checkpoint written down; 0 if there is none."""
+        return int(self.folder.read().get("checkpoints", {}).get(stage, 0)) if self.folder else 0
+
     def stage_folders(self) -> list[Path]:
         """The folders of the stages begun so far, in order."""
         found = (self.path / "stages").glob("[0-9]*-*")
         return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[list[int]]:
-        """Inside, SIGINT and SIGTERM are collected instead of ending the process; a second SIGINT does end it."""
-        caught: list[int] = []
+    def signals(self) -> AbstractContextManager[list[int]]:
+        """Inside, SIGINT and SIGTERM are collected in the list that this gives; see `Signals`."""
+        return self.watch.collected()
 
-        def handler(number: int, frame: Any) -> None:
-            if caught and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            caught.append(number)
+    def together(self) -> AbstractContextManager[None]:
+        """Inside, processes work apart; afterwards they wait for each other, and what went wrong in one ends all."""
+        return together(self.accelerator, self.watch)
 
-        if threading.current_thread() is not threading.main_thread():
-            yield caught
-            return
-        old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield caught
-        finally:
-            for number, previous in old.items():
-                signal.signal(number, previous)
+    def commit(self, temporary: Path, final: Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Make a finished folder of this run permanent: see `kdcore.folder.commit`."""
+        folder.commit(temporary, final, facts, self.resolved.fingerprint)
+
+    def verify(self, path: Path) -> dict[str, Any]:
+        """The facts of a folder that `commit` wrote; it must be whole, and of this recipe."""
+        return folder.verify(path, self.resolved.fingerprint)
 
     # -- execution -----------------------------------------------------------------------------------------------
 
@@ -262,6 +275,10 @@ class Run:
     def _stage(self, stage: Stage) -> Any:
         """Execute or load one stage; its artifact."""
         self._index += 1
+        if not re.fullmatch(r"\w[\w.-]*", stage.name):
+            raise RecipeError(f"a stage cannot be named {stage.name!r}: letters, digits, '_', '-' and '.' make a name")
+        if self.watch.received:
+            raise Interrupted(f"interrupted before stage {stage.name!r}; the same command goes on from here")
         if stage.name in self._seen:
             raise RecipeError(f"two stages of this run are named {stage.name!r}; their names must differ")
         self._seen.add(stage.name)
@@ -274,7 +291,7 @@ class Run:
             self.accelerator.wait_for_everyone()
             self._execute(stage, where)
             self.accelerator.wait_for_everyone()
-        facts = folder.verify(artifact)
+        facts = self.verify(artifact)
         if isinstance(stage, TrainStage):
             return self._load_trained(stage, artifact, facts)
         return stage.load(self, artifact)
@@ -300,23 +317,8 @@ class Run:
             engine.write(stage, temporary)
         else:
             stage.execute(self, where, temporary)
-        folder.commit(temporary, where / "artifact", facts)
+        self.commit(temporary, where / "artifact", facts)
         shutil.rmtree(where / "checkpoints", ignore_errors=True)
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Inside, processes work apart; afterwards they wait for each other, and what went wrong in one ends all."""
-        wrong: BaseException | None = None
-        try:
-            yield
-        except (Exception, KeyboardInterrupt) as error:
-            wrong = error
-        if self.accelerator.num_processes > 1:
-            with self.signals():  # it is for those still at work to obey them
-                told = gather_object([_portable(wrong, self.accelerator.process_index)])
-            wrong = wrong or next((error for error in told if error), None)
-        if wrong:
-            raise wrong
 
     def _load_trained(self, stage: TrainStage, artifact: Path, facts: Mapping[str, Any]) -> TrainStage:
         from safetensors.torch import load_model
@@ -339,7 +341,7 @@ class Run:
                 temporary = where.with_name(f"{where.name}.tmp")
                 shutil.rmtree(temporary, ignore_errors=True)
                 model.save(temporary)
-                folder.commit(temporary, where, {"role": role})
+                self.commit(temporary, where, {"role": role})
             self.folder.update(status="finished", finished=now(), metrics=result.metrics, rows=result.rows,
                                higher_is_better=self._higher_is_better(result.metrics),
                                timings={**self.folder.read().get("timings", {}), **self.timings})  # fmt: skip
@@ -400,15 +402,6 @@ class Run:
             if split not in self.data and "on" in self.recipe.eval.model_fields_set:
                 raise DataError(f"eval.on: the data has no split {split!r}; it has: {', '.join(self.data.splits)}")
         _ = self.metric_names  # refuses names that are not there
-
-
-def _portable(error: BaseException | None, process: int) -> KDError | None:
-    """An error as other processes are told of it."""
-    if isinstance(error, KDError | None):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted(f"process {process} was interrupted")
-    return RunFailed(f"process {process} failed: {type(error).__name__}: {error}")
 
 
 def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcore.data import derive_seed
-from kdcore.errors import Interrupted, RecipeError
+from kdcore.errors import Interrupted, RecipeError, RunFolderError
 from kdcore.folder import write_text
 from kdcore.stages import Stage
 
@@ -62,15 +63,15 @@ class SearchStage(Stage):
             RecipeError: if there is no candidate at all.
             Interrupted: after a signal; the archive is on disk.
         """
-        path = workspace / ARCHIVE
-        archive = read_archive(path)
-        write_text(path, "".join(_line(trial) for trial in archive))  # without a last line that was cut off
+        path, key = workspace / ARCHIVE, run.resolved.fingerprint
+        archive = read_archive(path, key)
+        write_text(path, "".join(_line(trial, key) for trial in archive))  # without a last line that was cut off
         run.forget_rows_after(self.name, len(archive))
         with run.signals() as signals, open(path, "a", encoding="utf-8") as file:
             while (candidate := self.propose(archive, self._generator(run, len(archive)))) is not None:
                 candidate = json.loads(json.dumps(candidate))  # as it will be after a resume
                 trial = Trial(candidate, {k: float(v) for k, v in self.score(run, candidate).items()})
-                file.write(_line(trial))
+                file.write(_line(trial, key))
                 file.flush()
                 os.fsync(file.fileno())
                 archive.append(trial)
@@ -86,22 +87,41 @@ class SearchStage(Stage):
 
     def load(self, run: Run, artifact: Path) -> list[Trial]:
         """The trials in the order they were made."""
-        return read_archive(artifact / ARCHIVE)
+        return read_archive(artifact / ARCHIVE, run.resolved.fingerprint)
 
     def _generator(self, run: Run, trial: int) -> random.Random:
         return random.Random(derive_seed(run.seed, self.name, trial))
 
 
-def read_archive(path: Path) -> list[Trial]:
-    """The trials of an archive; none where there is no file. A last line that was cut off does not count."""
+def read_archive(path: Path, recipe: str = "") -> list[Trial]:
+    """The trials of an archive; none where there is no file. A last line that was cut off does not count.
+
+    Args:
+        path: the file.
+        recipe: fingerprint of the recipe that its lines must belong to; none for any.
+
+    Raises:
+        RunFolderError: on a line that is damaged, or of another recipe.
+    """
     trials = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    *lines, _ = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else [""]
+    for number, line in enumerate(lines, 1):
         try:
-            trials.append(Trial(**json.loads(line)))
-        except (ValueError, TypeError):
-            break
+            row = json.loads(line)
+            trial = Trial(row["candidate"], row["scores"])
+            whole = row["digest"] == _digest(trial, recipe or row["recipe"])
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
+            raise RunFolderError(f"{path}, line {number}: this trial is damaged, or of another recipe; delete the "
+                                 "lines from there on to try these candidates again")  # fmt: skip
+        trials.append(trial)
     return trials
 
 
-def _line(trial: Trial) -> str:
-    return json.dumps(asdict(trial)) + "\n"
+def _line(trial: Trial, recipe: str) -> str:
+    return json.dumps({**asdict(trial), "recipe": recipe, "digest": _digest(trial, recipe)}) + "\n"
+
+
+def _digest(trial: Trial, recipe: str) -> str:
+    return hashlib.blake2b(json.dumps([recipe, asdict(trial)]).encode(), digest_size=8).hexdigest()
