@@ -22,16 +22,34 @@ from kdcore.plugins import PluginManager
 _PACKAGES = ("kdcore", "kd-cli", "torch", "torchvision", "accelerate", "transformers", "timm", "datasets")
 
 
-def doctor(ctx: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Check this installation: versions, devices, disk, plugins.
+def doctor(
+    ctx: typer.Context,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes of the recipe of --determinism.")
+    ] = None,
+    determinism: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Run the recipe twice and find the first difference.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training stage that --determinism compares.")] = 20,
+    replay: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Take the step that went wrong in a run again, and look closely.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check this installation (versions, devices, disk, plugins), or look into a run.
 
-    Ends with exit status 1 if something is broken, and says what.
+    Ends with exit status 1 if something is broken, differs or goes wrong, and says what.
 
     Examples:
 
         kd doctor
-        kd doctor --json
+        kd doctor --determinism mine.yaml --steps 50
+        kd doctor --replay runs/mine
     """
+    if determinism is not None:
+        return _audit(ctx, determinism, overrides or [], steps, as_json)
+    if replay is not None:
+        return _replay(ctx, replay, as_json)
     problems: list[str] = []
     report = {
         "versions": _versions(problems),
@@ -47,6 +65,37 @@ def doctor(ctx: typer.Context, as_json: Annotated[bool, typer.Option("--json", h
     else:
         _print(report)
     raise typer.Exit(1 if problems else 0)
+
+
+def _audit(ctx: typer.Context, recipe: str, overrides: list[str], steps: int, as_json: bool) -> None:
+    from kdcore.diagnose import audit
+
+    found = audit(recipe, overrides, steps=steps, plugins=ctx.obj)
+    if as_json:
+        tables.print_json(found)
+    elif found.first is None:
+        tables.console().print(f"{found.values} values of both runs are the same, bit for bit")
+    else:
+        for label, what in (("first difference", found.first), ("first term that differs", found.term)):
+            if what is not None:
+                say(label, f"stage {what.stage!r}, step {what.step}, {what.kind} {what.name!r}")
+    raise typer.Exit(0 if found.first is None else 1)
+
+
+def _replay(ctx: typer.Context, run: Path, as_json: bool) -> None:
+    from kdcore.diagnose import replay
+
+    found = replay(run, ctx.obj)
+    if as_json:
+        tables.print_json(found)
+    elif found is None:
+        tables.console().print("nothing went wrong this time")
+    else:
+        facts = {"stage": found.stage, "step": found.step, "samples": found.samples, "the run said": found.said,
+                 "inputs not finite": ", ".join(found.inputs) or "none", "first module": found.module or "none",
+                 "terms": found.terms, "parameter after it": found.parameter or "all finite"}  # fmt: skip
+        tables.show(tables.console(), ("what", "found"), facts.items(), f"Replay of {run}")
+    raise typer.Exit(0 if found is None else 1)
 
 
 def _versions(problems: list[str]) -> dict[str, str]:

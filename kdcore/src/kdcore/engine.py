@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdcore import checkpoint
 from kdcore.data import derive_seed, seeded, to_device
 from kdcore.errors import DataError, Interrupted, ModelError, RecipeError, RunFailed
+from kdcore.guards import Buffers, first_not_finite, out_of_memory, wrong_numbers
 from kdcore.losses import Progress, count_samples
 from kdcore.metrics import metric_names
 from kdcore.models import Batch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from kdcore.runner import Run
 
 logger = logging.getLogger(__name__)
+
+_NORM = "gradient norm"
 
 
 def train(run: Run, stage: TrainStage, workspace: Path) -> None:
@@ -59,18 +62,28 @@ def prepare(run: Run, stage: TrainStage) -> None:
 
 
 def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[str, float]:
-    """The metrics of what a stage evaluates, on a split; the same on every process."""
+    """The metrics of what a stage evaluates, on a split; the same on every process.
+
+    Raises:
+        RunFailed: if logits are NaN or plus infinity (minus infinity rules a class out).
+    """
     accelerator, data = run.accelerator, stage.data or run.data
     names = run.metric_names if data is run.data else metric_names(data.task)
     metrics = stage.make_metrics(data.task, names, run.device)
-    was_training = stage.training
+    was_training, wrong = stage.training, []
     stage.eval()
     with torch.no_grad(), accelerator.autocast():
         for batch in data.eval_loader(split, batch_size, accelerator.process_index, accelerator.num_processes):
             batch = to_device(batch, run.device)
             if (outputs := stage.evaluate(batch)) is not None:
                 metrics.update(outputs, batch)
+                if outputs.logits is not None:
+                    wrong.append((~(outputs.logits < torch.inf).all(), batch["index"]))
     stage.train(was_training)
+    if wrong and True in (flags := torch.stack([flag for flag, _ in wrong]).tolist()):
+        raise RunFailed(f"stage {stage.name!r}: the output is NaN or infinite for one or more of the samples "
+                        f"{wrong[flags.index(True)][1].tolist()} of split {split!r}; look at them, or train again with "
+                        "a lower rate or clipped gradients")  # fmt: skip
     return metrics.compute()
 
 
@@ -110,15 +123,20 @@ class _Trainer:
         if options.steps is None and self.per_epoch is None:
             raise RecipeError(f"stage {stage.name!r}: the data is a stream without a length: set train.steps")
         self.total = stage.total_steps = options.steps or max(1, round(options.epochs * (self.per_epoch or 0)))
-        self.parts = self.accelerator.num_processes * options.grad_accumulation
+        self._divide()
         if options.batch_size % self.parts:
             raise RecipeError(f"train.batch_size {options.batch_size} does not split into {self.parts} equal parts "
                             "(processes × grad_accumulation)")  # fmt: skip
-        self.sizes = self.data.share_sizes(stage.splits[0], options.batch_size, options.grad_accumulation,
-                                           self.accelerator.num_processes)  # fmt: skip
         self.seed = run.seed if stage.seed is None else stage.seed
-        self.step = 0
+        self.step = self.skipped = 0
         self.pending: list[tuple[int, dict[str, Tensor], list[Any]]] = []
+        self.kept: Buffers | None = None
+        self.good, self.changed = True, False  # this step's numbers; whether an optimizer has stepped in it
+
+    def _divide(self) -> None:
+        options, world = self.options, self.accelerator.num_processes
+        self.parts = world * options.grad_accumulation
+        self.sizes = self.data.share_sizes(self.stage.splits[0], options.batch_size, options.grad_accumulation, world)
 
     def train(self) -> None:
         """Prepare, resume, loop."""
@@ -164,7 +182,7 @@ class _Trainer:
         if found:
             path, facts = found
             checkpoint.restore(self.accelerator, path)
-            self.step, self.stage.metrics = facts["step"], dict(facts["metrics"])
+            self.step, self.skipped, self.stage.metrics = facts["step"], facts["skipped"], dict(facts["metrics"])
             logger.info("stage %s resumes at step %d of %d", self.stage.name, self.step, self.total)
         self.run.forget_rows_after(self.stage.name, self.step)
 
@@ -172,10 +190,18 @@ class _Trainer:
         loaders = [self._batches(name) for name in self.stage.splits]
         started, first = time.perf_counter(), self.step
         while self.step < self.total and not self.run.stop_reason:
-            micro = [self._draw(loaders) for _ in range(self.options.grad_accumulation)]
-            terms = self._iterate(micro)
+            try:
+                micro = [self._draw(loaders) for _ in range(self.options.grad_accumulation)]
+                terms = self._iterate(micro)
+            except torch.OutOfMemoryError as error:
+                if not self._halve():
+                    raise out_of_memory(self.stage.name, self.step + 1, self.options, self.accelerator.num_processes,
+                                        self.run.device) from error  # fmt: skip
+                loaders = [self._batches(name) for name in self.stage.splits]
+                continue
             self.step += 1
-            self.pending.append((self.step, terms, [_index(batch) for batch in micro]))
+            if not self.good:
+                self._skip(terms, micro)
             self.run.notify("kd_step_finished", stage=self.stage, step=self.step, terms=terms)
             done = self.step == self.total
             if self._due(self.options.log_every) or done:
@@ -188,7 +214,7 @@ class _Trainer:
                                   "the same command goes on from here")  # fmt: skip
             if not done and self._due(self.options.save_every or self.per_epoch):
                 self._save()
-        self._read_terms()
+        self._check()
         self.run.stop_reason = None
         self.run.timings[self.stage.name] = {"seconds": time.perf_counter() - started, "steps": self.step - first}
 
@@ -225,7 +251,11 @@ class _Trainer:
         stage.progress = progress[0]
         stage.before_step(micro)
         shares = self._shares(micro)
+        careful = self.options.nonfinite == "skip" or self.options.on_oom == "halve"
+        self.kept = Buffers(stage) if careful else None
+        self.good, self.changed = True, False
         logged: dict[str, Tensor] = {}
+        norms: list[Tensor] = []
         for objective, optimizer in self.optimizers.items():
             schedule = stage.schedules.get(objective, self.options.schedule)
             factor = schedule_factor(schedule, self.step, self.total)
@@ -244,14 +274,65 @@ class _Trainer:
                 for name, value in terms.items():
                     value = value.detach()
                     logged[name] = logged[name] + value if name in logged else value
-            if self.options.clip_norm is not None:
-                accelerator.clip_grad_norm_(
-                    [p for g in optimizer.param_groups for p in g["params"]], self.options.clip_norm
-                )
+            norms.append(self._norm_gradients(optimizer))
+            if self.options.nonfinite == "skip" and not self._all_finite([*logged.values(), *norms]):
+                self.good = False
+                if self.kept is not None:
+                    self.kept.restore()
+                return logged
             optimizer.step()
+            self.changed = True
         with torch.no_grad():
             stage.after_step()
+        self.pending.append((self.step + 1, {**logged, _NORM: torch.stack(norms).sum()}, [_index(b) for b in micro]))
         return logged
+
+    def _norm_gradients(self, optimizer: Any) -> Tensor:
+        """The norm of an optimizer's gradients, clipped if that is asked for. Where losses are scaled, the scaler looks
+        after gradients that overflow."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.options.clip_norm is not None:
+            norm: Tensor = self.accelerator.clip_grad_norm_(parameters, self.options.clip_norm).detach()
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]).to(self.run.device)
+        return norm.nan_to_num(0, 0, 0) if self.accelerator.scaler is not None else norm
+
+    def _all_finite(self, values: list[Tensor]) -> bool:
+        """Whether terms and gradients of this step are finite in every process."""
+        fine = torch.stack([value.float().isfinite() for value in values]).all()
+        return bool(self.accelerator.reduce(fine.float(), "sum") == self.accelerator.num_processes)
+
+    def _skip(self, terms: Mapping[str, Tensor], micro: list[Batch]) -> None:
+        """Count a step that was not taken, and stop after too many."""
+        self.skipped += 1
+        bad = first_not_finite(terms.items())
+        what = f"the term {bad!r} is not finite" if bad else "a gradient is not finite"
+        samples = self._samples([_index(batch) for batch in micro])
+        self.run.log({"stage": self.stage.name, "step": self.step, "skipped": what, "samples": samples})
+        logger.warning("stage %s: step %d is skipped: %s (%d so far)", self.stage.name, self.step, what, self.skipped)
+        if self.skipped > self.options.max_skipped:
+            raise wrong_numbers(self.run, self.stage.name, self.step, f"{what}, and {self.skipped} steps were skipped",
+                                samples)  # fmt: skip
+
+    def _samples(self, indices: list[Any]) -> list[int]:
+        return [i for part in indices for i in self.accelerator.gather(part).tolist()]
+
+    def _halve(self) -> bool:
+        """Twice as many micro-batches of half the size from here on, if that is wanted and can be done."""
+        parts = 2 * self.options.grad_accumulation
+        alone = self.accelerator.num_processes == 1
+        if self.options.on_oom != "halve" or not alone or self.changed or self.options.batch_size % parts:
+            return False
+        self._clear_gradients()
+        if self.kept is not None:
+            self.kept.restore()
+        if self.run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.options = self.options.model_copy(update={"grad_accumulation": parts})
+        self._divide()
+        logger.warning("stage %s: out of memory at step %d; from here on train.grad_accumulation is %d",
+                       self.stage.name, self.step + 1, parts)  # fmt: skip
+        return True
 
     def _shares(self, micro: list[Batch]) -> list[dict[str, Tensor | float]]:
         """What each micro-batch's means count for in the mean of the batch, by term; nothing if it is all there is.
@@ -280,7 +361,8 @@ class _Trainer:
         return every is not None and self.step % every == 0
 
     def _read_terms(self) -> dict[str, float]:
-        """The last step's terms. Those of all steps since the last time are read at once, and must be finite."""
+        """The last step's terms and norm of gradients. Those of all steps since the last time are read at once, and
+        must be finite."""
         if not self.pending:
             return {}
         names = list(self.pending[0][1])
@@ -289,18 +371,19 @@ class _Trainer:
         for row, (step, _, indices) in zip(rows, self.pending, strict=True):
             for name, value in zip(names, row, strict=True):
                 if not math.isfinite(value):
-                    samples = [i for part in indices for i in self.accelerator.gather(part).tolist()]
-                    raise RunFailed(f"stage {self.stage.name!r}: the term {name!r} became {value} at step {step}; "
-                                    f"samples of that batch: {samples}. The last good checkpoint is kept. Lower the "
-                                    "rate or the term's weight, clip the gradient, or look at them")  # fmt: skip
+                    what = f"the {name}" if name == _NORM else f"the term {name!r}"
+                    raise wrong_numbers(self.run, self.stage.name, step, f"{what} became {value}",
+                                        self._samples(indices))  # fmt: skip
         self.pending.clear()
         return dict(zip(names, rows[-1], strict=True))
 
     def _log(self) -> None:
         lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         epoch = self.step / self.per_epoch if self.per_epoch else None
-        row = {"stage": self.stage.name, "step": self.step, "epoch": epoch, "lr": lr, "terms": self._read_terms()}
-        self.run.log(row)
+        terms = self._read_terms()
+        norm = terms.pop(_NORM, None)
+        self.run.log({"stage": self.stage.name, "step": self.step, "epoch": epoch, "lr": lr, "terms": terms,
+                      "gradient_norm": norm})  # fmt: skip
 
     def _evaluate(self) -> None:
         split = self.run.recipe.eval.on[0]
@@ -309,11 +392,19 @@ class _Trainer:
         found = evaluate(self.run, self.stage, split, self.options.eval_batch_size or self.options.batch_size)
         self.run.report_metrics(self.stage, self.step, {f"{split}/{name}": value for name, value in found.items()})
 
+    def _check(self) -> None:
+        """What went wrong must not become a checkpoint or an artifact."""
+        self._read_terms()
+        if name := first_not_finite(self.stage.named_parameters()):
+            raise wrong_numbers(self.run, self.stage.name, self.step, f"the parameter {name!r} is no longer finite: a "
+                                "gradient was not")  # fmt: skip
+
     def _save(self) -> None:
-        self._read_terms()  # a step that went wrong must not become a checkpoint
+        self._check()
         own_storage(self.stage)
-        path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints,
-                               {"metrics": self.stage.metrics}, self.run.resolved.fingerprint)  # fmt: skip
+        facts = {"metrics": self.stage.metrics, "skipped": self.skipped}
+        path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints, facts,
+                               self.run.resolved.fingerprint)  # fmt: skip
         self.run.note_checkpoint(self.stage.name, self.step)
         self.run.notify("kd_checkpoint_saved", stage=self.stage, path=path)
 

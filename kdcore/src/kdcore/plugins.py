@@ -68,6 +68,12 @@ class PluginManager:
             raise PluginError(f"a plugin named {name!r} is already registered; pass register(..., name=...)")
         self._infos[name] = self._admit(PluginInfo(name, distribution=name), plugin)
 
+    def unregister(self, name: str) -> None:
+        """Take a plugin that was registered under this name out again."""
+        del self._infos[name]
+        if self._pluggy.has_plugin(name):
+            self._pluggy.unregister(name=name)
+
     def plugins(self) -> list[PluginInfo]:
         """All plugins, broken ones included, by name."""
         self._discover()

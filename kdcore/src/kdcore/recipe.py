@@ -86,6 +86,13 @@ class TrainOptions(_Section):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast precision of the whole run")
     grad_accumulation: int = Field(1, gt=0, description="micro-batches a batch is split into; the result is the same")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="when a term or gradient is NaN or infinite: stop the run, or skip the step"
+    )
+    max_skipped: int = Field(10, ge=0, description="steps of a stage that may be skipped before the run stops (skip)")
+    on_oom: Literal["stop", "halve"] = Field(
+        "stop", description="without memory left: stop, or halve the micro-batches of the same batch (one process)"
+    )
     clip_norm: float | None = Field(None, gt=0, description="gradients are scaled down to this norm")
     compile: bool = Field(False, description="compile student and teacher with torch.compile")
     workers: int = Field(0, ge=0, description="data-loading processes")

@@ -1,0 +1,70 @@
+"""What a training stage does when numbers go wrong or memory runs out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcore.errors import RunFailed
+from kdcore.folder import write_text
+
+if TYPE_CHECKING:
+    from kdcore.runner import Run
+
+FAILURE = "failure.json"
+
+
+def wrong_numbers(run: Run, stage: str, step: int, what: str, indices: Sequence[int] = ()) -> RunFailed:
+    """The error for numbers that are not finite. What `kd doctor --replay` needs is written into the run folder."""
+    record = {"stage": stage, "step": step, "what": what, "samples": list(indices)}
+    if run.folder:
+        write_text(run.path / FAILURE, json.dumps(record, indent=1))
+    of = f"; samples of that batch: {list(indices)}" if indices else ""
+    return RunFailed(f"stage {stage!r}: {what} at step {step}{of}. The last good checkpoint is kept. "
+                     f"`kd doctor --replay {run.path}` finds the module; lower the rate or the term's weight, clip the "
+                     "gradient, look at the samples, or set train.nonfinite=skip")  # fmt: skip
+
+
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first floating-point tensor that holds NaN or infinity; waits for the device once."""
+    named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    if not named:
+        return None
+    good = torch.stack([tensor.detach().isfinite().all() for _, tensor in named]).tolist()
+    return next((name for (name, _), fine in zip(named, good, strict=True) if not fine), None)
+
+
+class Buffers:
+    """The buffers of a module as they were before a step, to go back to: a forward pass may have changed them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the old values back; a buffer that was replaced by another tensor may have another shape by now."""
+        for name, old in self._kept.items():
+            owner, _, leaf = name.rpartition(".")
+            if (now := self._module.get_buffer(name)).shape == old.shape:
+                now.copy_(old)
+            else:
+                setattr(self._module.get_submodule(owner), leaf, old)
+
+
+def out_of_memory(stage: str, step: int, options: Any, processes: int, device: torch.device) -> RunFailed:
+    """The error for an accelerator without memory left: where, with how much, and what to change."""
+    parts = processes * options.grad_accumulation
+    peak = ""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        peak = f"; peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} of {total / 2**30:.2f} GiB"
+    return RunFailed(f"stage {stage!r}: out of memory on {device} at step {step} with {options.batch_size // parts} "
+                     f"samples at once (train.batch_size {options.batch_size}, {processes} processes, "
+                     f"train.grad_accumulation {options.grad_accumulation}){peak}. The last checkpoint is kept. Set "
+                     f"train.grad_accumulation={2 * options.grad_accumulation}: the same batch in smaller parts; or "
+                     "train.on_oom=halve to have that done; or train.precision=bf16")  # fmt: skip
