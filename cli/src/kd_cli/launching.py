@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 import typer
@@ -16,6 +17,7 @@ from kdcore.errors import Interrupted, Terminated
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+_PR_SET_PDEATHSIG = 1
 _TO_END = 5
 """Seconds that a process has to end by itself when its grace period is over, before it is killed."""
 
@@ -50,6 +52,14 @@ def launch(
         _explain(error.failures)
         return max(error.get_first_failure()[1].exitcode, 1)
     return 0
+
+
+def follow_launcher() -> None:
+    """End with the launcher, even where that was killed: the kernel then sends SIGTERM. (Linux; elsewhere nothing.)"""
+    if LAUNCHED in os.environ and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _global_options(ctx: typer.Context) -> list[str]:

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from kd_cli import progress, tables
 from kd_cli.errors import is_main_process
+from kd_cli.launching import follow_launcher, launch
 from kdcore.errors import Terminated
 from kdcore.plugins import PluginManager
 from kdcore.signals import GRACE
@@ -71,12 +72,11 @@ def run(
 
         return show_plan(ctx.obj, recipe, overrides or [], as_json)
     if processes > 1:
-        from kd_cli.launching import launch
-
         arguments = [recipe, *(overrides or []), *(["--run-dir", str(run_dir)] if run_dir else [])]
         arguments += [flag for flag, given in (("--resume", resume), ("--json", as_json), ("--quiet", quiet)) if given]
         arguments += ["--grace", str(grace)]
         raise typer.Exit(launch(ctx, recipe, overrides or [], arguments, processes, grace))
+    follow_launcher()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(Terminated.exit_code))  # until the run handles it
     silent = as_json or quiet or not is_main_process()
     with contextlib.nullcontext() if silent else progress.shown(ctx.obj):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from kdcore.components import Kind
 from kdcore.errors import ComponentError, RecipeError, did_you_mean
 from kdcore.options import Options
 from kdcore.plugins import PluginManager
+from kdcore.reading import load as load
 
 OPTIMIZERS: dict[str, set[str]] = {
     "sgd": {"weight_decay", "momentum", "nesterov"},
@@ -130,6 +130,10 @@ class ComponentSpec(BaseModel):
     use: str
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
+"""Of roles and stages: they become names of files, and parts of key paths."""
+
+
 class StageOverrides(_Section):
     """What one stage does differently, by stage name."""
 
@@ -141,7 +145,7 @@ class EvalOptions(_Section):
 
     metrics: list[str] = Field([], description="names; default: the task's own")
     on: list[str] = Field(
-        ["val"], description="splits the student is evaluated on at the end; the first during training"
+        ["val"], min_length=1, description="splits the student is evaluated on at the end; the first during training"
     )
 
 
@@ -152,12 +156,12 @@ class Recipe(_Section):
     """A whole recipe. `teacher: X` is short for `teachers: {teacher: X}`, likewise `student`."""
 
     method: Annotated[ComponentSpec, BeforeValidator(_shorthand)]
-    teachers: dict[str, Model] = {}
-    students: dict[str, Model] = {}
+    teachers: dict[Name, Model] = {}
+    students: dict[Name, Model] = {}
     data: Annotated[ComponentSpec, BeforeValidator(_shorthand)]
     losses: list[Annotated[LossSpec, BeforeValidator(_shorthand)]] = []
     train: TrainOptions = Field(default_factory=lambda: TrainOptions())
-    stages: dict[str, StageOverrides] = {}
+    stages: dict[Name, StageOverrides] = {}
     eval: EvalOptions = Field(default_factory=lambda: EvalOptions())
     seed: int = Field(0, ge=0)
     trackers: list[str] | None = Field(None, description="Accelerate trackers; default: tensorboard where installed")
@@ -252,68 +256,6 @@ def find_recipe(recipe: str | Path | Mapping[str, Any], manager: PluginManager) 
             f"method {method!r} ships no recipe {name or 'quickstart'!r}; recipes: {', '.join(files) or 'none'}"
         )
     return Path(str(files[name or "quickstart"])), f"{method.partition(':')[2] or method}-{name or 'quickstart'}"
-
-
-def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a recipe file (or take a mapping), apply `key=value` overrides and resolve interpolations.
-
-    Raises:
-        RecipeError: if the file is missing, a folder, empty, not YAML, not a mapping, or an override is malformed.
-    """
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    name = "the recipe" if isinstance(source, Mapping) else str(source)
-    try:
-        if isinstance(source, Mapping):
-            config: Any = OmegaConf.create(dict(source))
-        else:
-            config = OmegaConf.load(source)
-        if not isinstance(config, DictConfig):
-            raise RecipeError(f"{name}: a recipe is a mapping of keys such as 'method:', not a {_kind_of(config)}")
-        if not config:
-            raise RecipeError(f"{name}: the recipe is empty; `kd cp METHOD/quickstart` gives one to start from")
-        _spell_out(config)
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals or not key.strip():
-                raise RecipeError(f"override {override!r}: write key=value, such as train.epochs=3")
-            OmegaConf.update(
-                config,
-                re.sub(r"^(teacher|student)\b", r"\1s.\1", key.strip()),
-                OmegaConf.create(f"v: {value}" if value else "v: ''").v,
-                merge=True,
-            )
-        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    except IsADirectoryError:
-        raise RecipeError(f"{name}: this is a folder; name the recipe file in it") from None
-    except FileNotFoundError:
-        raise RecipeError(f"{name}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{name}: not a YAML file: it is not text") from None
-    except OSError as error:
-        if not getattr(error, "strerror", None):  # OmegaConf's own, for a scalar at the top
-            raise RecipeError(f"{name}: a recipe is a mapping of keys such as 'method:'") from None
-        raise RecipeError(f"{name}: cannot be read: {error.strerror}") from None
-    except YAMLError as error:
-        raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"{name}: {str(error).strip().splitlines()[0]}") from None
-
-
-def _spell_out(config: Any) -> None:
-    """Replace the short forms of a recipe, so that overrides find what they change."""
-    for key in ("teacher", "student"):
-        if key in config and f"{key}s" not in config:
-            config[f"{key}s"] = {key: config.pop(key)}
-    sections = [config, *(config[k] for k in ("teachers", "students") if hasattr(config.get(k), "items"))]
-    for section in sections:
-        for key in ("method", "data") if section is config else list(section):
-            if isinstance(section.get(key), str):
-                section[key] = {"use": section[key]}
-    if hasattr(config.get("eval"), "items") and True in config["eval"]:
-        config["eval"]["on"] = config["eval"].pop(True)  # YAML 1.1 reads an unquoted `on` as true
 
 
 def resolve(data: Mapping[str, Any], manager: PluginManager, source: str = "recipe") -> Resolved:
@@ -412,7 +354,3 @@ def _types_in(annotation: Any) -> list[type]:
 
 def _report(source: str, problems: list[str]) -> str:
     return f"{source} is not valid:\n" + "\n".join(f"  {line}" for line in problems)
-
-
-def _kind_of(config: Any) -> str:
-    return "list" if type(config).__name__ == "ListConfig" else type(config).__name__
