@@ -37,7 +37,7 @@ def save(
     return final
 
 
-def latest(checkpoints: Path, recipe: str) -> tuple[Path, dict[str, Any]] | None:
+def latest(checkpoints: Path, recipe: str = "") -> tuple[Path, dict[str, Any]] | None:
     """The last checkpoint that is whole, with its facts; damaged ones are named in a warning and passed over.
 
     Raises:

@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -164,10 +164,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def mixed_faults(share: float, seed: int = 0) -> Callable[[int, dict[str, Any]], str]:
+def mixed_faults(share: float, kinds: Sequence[str]) -> Callable[[int, dict[str, Any]], str]:
     """Every kind of fault, in this share of the requests."""
-    draw = random.Random(seed)
-    return lambda number, body: draw.choice(FAULTS) if draw.random() < share else "ok"
+    draw = random.Random(0)
+    return lambda number, body: draw.choice(kinds) if draw.random() < share else "ok"
 
 
 @pytest.fixture
@@ -175,8 +175,8 @@ def serve() -> Iterator[Callable[..., Server]]:
     """`serve(**settings)`: a server that lives as long as the test; `faults=0.2` makes one request in five fail."""
     servers: list[Server] = []
 
-    def start(faults: float = 0.0, **settings: Any) -> Server:
-        servers.append(Server(**({"fault": mixed_faults(faults)} if faults else {}), **settings))
+    def start(faults: float = 0.0, kinds: Sequence[str] = FAULTS, **settings: Any) -> Server:
+        servers.append(Server(**({"fault": mixed_faults(faults, kinds)} if faults else {}), **settings))
         return servers[-1]
 
     yield start

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openai import APIStatusError
 
 from kd_openai import wire
-from kd_openai.cache import AnswerCache, Entry, Ledger
+from kd_openai.cache import AnswerCache, Entry, Ledger, cache_folder
+from kd_openai.failures import retry_after
 from kd_openai.options import OpenAIOptions
 from kdcore.options import Sampling
 from kdcore.text import Answer
@@ -116,7 +120,7 @@ def test_a_damaged_answer_is_named_and_asked_again(serve, ask, caplog):
     assert len(files) == 4
     files[0].write_text(files[0].read_text()[:30])
     files[1].write_text(files[1].read_text().replace("by 1", "by 2"))
-    files[2].write_text("[]")
+    files[2].write_text(files[3].read_text())  # a whole one, of another prompt
     with caplog.at_level(logging.WARNING):
         assert ask(server).generate(["a", "b", "c", "d"], Sampling(), [1] * 4) == first
     assert all(str(file) in caplog.text for file in files[:3])
@@ -211,6 +215,30 @@ def test_any_body_is_read_or_refused(body, mode):
 def test_replies_are_read_as_servers_vary_them():
     bare = {"choices": [{"message": {"content": None, "refusal": "no"}}, {"message": {"content": "b"}}]}
     assert wire.read_reply("chat", json.dumps(bare)) == wire.Reply([Answer("", "content_filter"), Answer("b")], None)
-    odd = {"choices": [{"text": "a", "finish_reason": "eos", "logprobs": {"token_logprobs": [None, -1]}}],
-           "usage": {"prompt_tokens": 3}}  # fmt: skip
-    assert wire.read_reply("completion", json.dumps(odd)) == wire.Reply([Answer("a", "eos", None, None)], (3, 0))
+    odd = {"choices": [{"text": "a", "finish_reason": "eos", "logprobs": {"token_logprobs": [None, -1]}}]}
+    for usage in ({"prompt_tokens": 3}, {"completion_tokens": 3}, {}, {"prompt_tokens": None}):  # half is not counted
+        found = wire.read_reply("completion", json.dumps({**odd, "usage": usage}))
+        assert found == wire.Reply([Answer("a", "eos", None, usage.get("completion_tokens"))], None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [({"retry-after": "3"}, 3), ({"retry-after-ms": "20"}, 0.02), ({"retry-after-ms": "x", "retry-after": "4"}, 4),
+     ({}, None), ({"retry-after": "soon"}, None), ({"retry-after": "0"}, None), ({"retry-after": "inf"}, None),
+     ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, None)],
+)  # fmt: skip
+def test_how_long_a_server_asks_to_wait(headers, seconds):
+    assert retry_after(busy(headers)) == seconds
+
+
+def test_a_server_may_name_the_time_to_come_back():
+    assert 90 < retry_after(busy({"retry-after": email.utils.formatdate(time.time() + 100, usegmt=True)})) <= 100
+
+
+def busy(headers):
+    return APIStatusError("busy", response=SimpleNamespace(status_code=429, headers=headers, request=None), body=None)
+
+
+def test_the_cache_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder(OpenAIOptions(model="tiny", cache="~/answers")).parent == tmp_path / "answers"

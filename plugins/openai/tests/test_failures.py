@@ -214,24 +214,43 @@ def test_wrong_options_are_named(options, words):
     assert words in refused(**options)
 
 
-def test_a_key_in_the_recipe_is_refused_without_being_shown():
-    for options in ({"key_env": "sk-secret-1"}, {"base_url": "https://me:sk-secret-1@host/v1"}):
+@pytest.mark.parametrize("key", ["sk-secret-1", "hf_SecretKey", "gsk_secret1"])
+def test_a_key_in_the_recipe_is_refused_without_being_shown(key):
+    for options in ({"key_env": key}, {"base_url": f"https://me:{key}@host/v1"}, {"base_url": f"http://host?k={key}"}):
         message = refused(**options)
-        assert "sk-secret-1" not in message
+        assert key not in message
         assert "environment variable" in message
+    assert key not in refused(api_key=key)
 
 
 def test_a_missing_key_is_named(ask, monkeypatch):
     monkeypatch.delenv("KD_TEST_KEY", raising=False)
     with pytest.raises(ModelError, match="KD_TEST_KEY, which `key_env` names, holds no key"):
-        ask("http://127.0.0.1:9/v1", key_env="KD_TEST_KEY")
+        ask("http://127.0.0.1:9/v1", key_env="KD_TEST_KEY").generate(["a"], Sampling(), [1])
+
+
+def test_what_the_cache_holds_needs_no_key_no_server_and_no_folder_to_write(serve, ask, monkeypatch):
+    monkeypatch.setenv("KD_TEST_KEY", "sk-secret-1")
+    server = serve(key="sk-secret-1")
+    first = ask(server, key_env="KD_TEST_KEY").generate(["a", "b"], Sampling(), [1, 2])
+    address = server.url
+    server.close()
+    monkeypatch.delenv("KD_TEST_KEY")
+    monkeypatch.setattr("kd_openai.cache.os.open", refuse_to_write)
+    assert ask(address, key_env="KD_TEST_KEY").generate(["a", "b"], Sampling(), [1, 2]) == first
+    with pytest.raises(ModelError, match="holds no key"):
+        ask(address, key_env="KD_TEST_KEY").generate(["a", "c"], Sampling(), [1, 3])
+
+
+def refuse_to_write(*args):
+    raise PermissionError(13, "Permission denied")
 
 
 @pytest.mark.parametrize("key", ["sk-se\ncret", "two words", "schlüssel"])
 def test_a_key_that_cannot_be_one_is_not_shown(ask, monkeypatch, key):
     monkeypatch.setenv("KD_TEST_KEY", key)
     with pytest.raises(ModelError, match="KD_TEST_KEY") as caught:
-        ask("http://127.0.0.1:9/v1", key_env="KD_TEST_KEY")
+        ask("http://127.0.0.1:9/v1", key_env="KD_TEST_KEY").generate(["a"], Sampling(), [1])
     assert key not in str(caught.value)
 
 
@@ -250,6 +269,24 @@ def test_the_key_is_sent_and_written_nowhere(serve, ask, monkeypatch, caplog, tm
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(kept) >= 2
     assert not any(b"sk-secret-1" in path.read_bytes() for path in kept)
+
+
+@pytest.mark.parametrize("before", range(280, 300))
+def test_no_part_of_a_key_is_left_where_a_long_message_is_cut(serve, ask, monkeypatch, before):
+    monkeypatch.setenv("KD_TEST_KEY", "sk-secret-1")
+    server = serve(fault=lambda number, body: "400 " + "x" * before + "sk-secret-1" + "y" * 300)
+    with pytest.raises(ModelError) as caught:
+        ask(server, key_env="KD_TEST_KEY").generate(["a"], Sampling(), [1])
+    assert "x" * 200 in str(caught.value)
+    assert "sk" not in str(caught.value)
+
+
+def test_a_key_that_the_server_answers_with_is_not_kept_and_a_placeholder_is_no_key(serve, ask, monkeypatch, quick):
+    monkeypatch.setenv("KD_TEST_KEY", "sk-secret-1")
+    server = serve(answer=lambda prompt, seed: "EMPTY sk-secret-1")
+    assert ask(server, key_env="KD_TEST_KEY").generate(["a"], Sampling(), [1])[0][0].text == "EMPTY ***"
+    monkeypatch.setenv("KD_TEST_KEY", "EMPTY")
+    assert ask(server, key_env="KD_TEST_KEY").generate(["b"], Sampling(), [1])[0][0].text == "EMPTY sk-secret-1"
 
 
 def test_a_server_that_needs_no_key_is_sent_none(serve, ask, monkeypatch):
@@ -299,6 +336,14 @@ def test_a_cache_that_cannot_be_written_is_named(ask, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match=r"cache: the folder .*file"):
         ask("http://127.0.0.1:9/v1", cache=str(tmp_path / "file"))
+
+
+def test_a_cache_that_may_only_be_read_is_told_before_anything_is_paid(serve, ask, monkeypatch):
+    server = serve()
+    monkeypatch.setattr("kd_openai.cache.os.open", refuse_to_write)
+    with pytest.raises(ModelError, match=r"cache: the folder .* cannot be written: Permission denied; name another"):
+        ask(server).generate(["a"], Sampling(), [1])
+    assert not server.asked
 
 
 def test_a_full_disk_is_told(serve, ask, monkeypatch):

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import load_from_disk
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import kdcore
 from kd_symbolic_kd.data import TripleData, load_tokenizer
@@ -335,6 +337,24 @@ def test_a_critic_needs_both_kinds_of_labelled_triples(tmp_path, labelled, messa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_critic_that_leaves_nothing_to_train_on(tmp_path, monkeypatch):
+    def doubtful(critic, reader, rows, device):  # of the judged triples some are valid, of the teacher's none
+        judged = {(row["head"], row["relation"], row["tail"]) for row in labelled}
+        return [0.5 + i / 1e6 if (r["head"], r["relation"], r["tail"]) in judged else 0.1 for i, r in enumerate(rows)]
+
+    monkeypatch.setattr("kd_symbolic_kd.stages.score", doubtful)
+    labelled = [row | {"tail": f"{row['tail']} again", "valid": i % 2} for i, row in enumerate(rows(0))]
+    with pytest.raises(RunFailed, match=r"the critic leaves none to train on \(cut-off 0\.5.*raise method\.target_rec"):
+        run_wrong(tmp_path, data(rows(0), labelled), mine=True)
+
+
+def test_a_corpus_without_a_training_split(tmp_path):
+    recipe = short(filter="none", fractions=[0.01, 0.01, 0.98], event_prompts=1, event_sampling={"n": 4})
+    recipe["stages"] = {}
+    with pytest.raises(RunFailed, match=r"of \d+ triples that the teacher wrote none is of the training split"):
+        api.run(recipe, run_dir=tmp_path / "run")
+
+
 def test_a_recall_that_the_critic_cannot_give(tmp_path):
     alike = [next(row for row in rows(0) if row["split"] == split) for split in ("train", "val", "test")]
     labelled = [row | {"valid": truth} for row in alike for truth in (1, 0)]  # nobody can tell these apart
@@ -380,6 +400,18 @@ def test_only_the_tail_and_the_end_are_to_be_predicted():
         assert ids[1:][labels[:-1] != IGNORE].tolist() == wanted
         assert tokenizer.decode(ids[mask.bool()]).split()[:4] == ["<head>", *row["head"].split()[:3]]
     assert made.task.num_classes == len(tokenizer)
+
+
+def test_the_written_form_has_the_tokens_that_the_student_learns(tmp_path):
+    core = Tokenizer(models.BPE())  # where blanks belong to words, as in GPT-2
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<end>"]))
+    row = {"head": "PersonX eats", "relation": "xWant", "tail": "to rest", "split": "train"}
+    made = TripleData([row], [], PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>"), TextFormatOptions())
+    made.tokenizer.save_pretrained(tmp_path)
+    written = "<head> PersonX eats </head> <relation> xWant </relation> [GEN] to rest<end>"
+    assert load_tokenizer(str(tmp_path))(written)["input_ids"] == made.batch([row])["input_ids"][0].tolist()
 
 
 def test_long_heads_are_cut_and_the_tail_stays_whole():

@@ -26,7 +26,7 @@ def cache_folder(options: OpenAIOptions) -> Path:
     """The folder of one model at one server, made if it is not there. Raises `ModelError` where it cannot be."""
     from platformdirs import user_cache_path
 
-    root = Path(options.cache) if options.cache else user_cache_path("kd", appauthor=False) / "openai"
+    root = Path(options.cache).expanduser() if options.cache else user_cache_path("kd", appauthor=False) / "openai"
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", options.model).strip("-.")[-40:]
     folder = root / f"{readable}-{_digest([options.base_url.rstrip('/'), options.model])[:8]}"
     try:
@@ -70,10 +70,9 @@ class AnswerCache:
         path = self.path(request)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            entry = Entry([Answer(**answer) for answer in found["answers"]], int(found["draws"]))
-            if found["checksum"] != _digest(found["answers"]):
-                raise ValueError("its answers do not match their checksum")
-            return entry
+            if found["checksum"] != _digest([request, found["answers"], found["draws"]]):
+                raise ValueError("it does not match its checksum, or belongs to another prompt")
+            return Entry([Answer(**answer) for answer in found["answers"]], found["draws"])
         except FileNotFoundError:
             return Entry()
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -85,7 +84,8 @@ class AnswerCache:
         path = self.path(request)
         path.parent.mkdir(exist_ok=True)
         answers = [asdict(answer) for answer in entry.answers]
-        content = {"request": request, "answers": answers, "draws": entry.draws, "checksum": _digest(answers)}
+        checksum = _digest([request, answers, entry.draws])
+        content = {"request": request, "answers": answers, "draws": entry.draws, "checksum": checksum}
         with self._lock:  # another process may write the same answer
             write_text(path, json.dumps(content, ensure_ascii=False, indent=1))
 
@@ -117,7 +117,7 @@ class Ledger:
     """The cost of every request: a journal that several processes may append to and read.
 
     Args:
-        path: the file; made with the first entry.
+        path: the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,12 +125,22 @@ class Ledger:
         self._spent = Spent()
         self._read = 0
 
+    def open(self) -> None:
+        """Make the file, if it is not there. Raises `ModelError` where it cannot be written."""
+        try:
+            self._append(b"")
+        except OSError as error:
+            raise ModelError(f"cache: the folder {self.path.parent} cannot be written: {error.strerror}; name another "
+                             "one") from None  # fmt: skip
+
     def add(self, inputs: int, outputs: int) -> None:
         """Count one request. A line begins and ends with a line break, so that one that was cut off spoils no other."""
-        line = json.dumps({"input": inputs, "output": outputs})
+        self._append(f"\n{json.dumps({'input': inputs, 'output': outputs})}\n".encode())
+
+    def _append(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, f"\n{line}\n".encode())
+            os.write(descriptor, line)  # in one piece: other processes append too
         finally:
             os.close(descriptor)
 

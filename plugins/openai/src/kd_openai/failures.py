@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import math
 import time
@@ -72,15 +73,15 @@ def retry_after(error: APIStatusError) -> float | None:
     """The wait in seconds that a server asks for, as a number or a date; `None` where it asks for none."""
     headers = error.response.headers
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) * unit
-        except ValueError:
-            continue
-        return seconds if math.isfinite(seconds) and seconds > 0 else None
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+        with contextlib.suppress(ValueError):
+            return _positive(float(headers.get(name, "")) * unit)
+    with contextlib.suppress(TypeError, ValueError):
+        return _positive(email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+    return None
+
+
+def _positive(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) and seconds > 0 else None
 
 
 def describe(error: BaseException) -> str:
@@ -98,4 +99,4 @@ def describe(error: BaseException) -> str:
 def _message(body: Any) -> str:
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body.get("error") or body
-    return " ".join(str(body or "no reason given").split())[:300]
+    return " ".join(str(body or "no reason given").split())

@@ -50,7 +50,8 @@ class OpenAIOptions(Options):
         description="chat: a prompt that is plain text is one message of the user; completion: it is gone on with",
     )
     key_env: str | None = Field(
-        "OPENAI_API_KEY", description="environment variable that holds the key; null for a server that needs none"
+        "OPENAI_API_KEY",
+        description="environment variable that holds the key, in capitals; null for a server that needs none",
     )
     extra: dict[str, Any] = Field(
         {}, description="further fields of every request, such as vLLM's top_k or chat_template_kwargs"
@@ -79,9 +80,9 @@ class OpenAIOptions(Options):
         if "@" in url.netloc or url.query:
             raise ValueError("base_url: an address with a key or password in it would be kept in the run folder; "
                              "put the key in an environment variable and name that in `key_env`")  # fmt: skip
-        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
-            raise ValueError("key_env: name the environment variable that holds the key; the key itself does not "
-                             "belong in a recipe")  # fmt: skip
+        if self.key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_env):  # a key has small letters
+            raise ValueError("key_env: name the environment variable that holds the key, in capitals; the key itself "
+                             "does not belong in a recipe")  # fmt: skip
         if taken := [field for field in OURS if field in self.extra]:
             raise ValueError(f"extra.{taken[0]}: this comes from the recipe's own options; leave it out")
         if self.budget and self.budget.money is not None and self.prices is None:

@@ -40,6 +40,8 @@ from kdcore.text import Answer, Prompt, misfit
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
+SECRET = 10
+"""Characters of a key that can stand in no answer by chance; a shorter one, such as `EMPTY`, is no secret."""
 FIRST_RETRIES = 2
 """How often a server that never answered is tried again: its address may be wrong."""
 
@@ -162,7 +164,7 @@ class Session:
 
         def tell(state: RetryCallState) -> None:
             level = logging.INFO if state.attempt_number < 3 else logging.WARNING
-            logger.log(level, "%s: %s; it is asked again", job, self._clean(describe(_error(state))))
+            logger.log(level, "%s: %s; it is asked again", job, self._said(_error(state)))
 
         retrying = AsyncRetrying(sleep=self._sleep, stop=self._enough, wait=pause, before_sleep=tell, reraise=True,
                                  retry=retry_if_exception(is_transient))  # fmt: skip
@@ -211,7 +213,8 @@ class Session:
         arguments = wire.request(self.options, job.prompt, job.sampling, job.missing, job.next_seed)
         async with asyncio.timeout(self.options.timeout):  # in all; the client's own is from byte to byte
             raw = await endpoint.with_raw_response.create(**arguments)
-        return wire.read_reply(self.options.mode, raw.text)
+        secret = self._key is not None and len(self._key) >= SECRET
+        return wire.read_reply(self.options.mode, self._clean(raw.text) if secret else raw.text)
 
     async def _turn(self, job: Job) -> None:
         """Wait until the limits let a request through."""
@@ -241,7 +244,7 @@ class Session:
             return RunFailed(f"answers cannot be kept in {self.where}: {error.strerror}")
         if not isinstance(error, EXPECTED):
             return error
-        options, said = self.options, self._clean(describe(error))
+        options, said = self.options, self._said(error)
         status = error.status_code if isinstance(error, APIStatusError) else None
         if isinstance(error, BudgetSpentError):
             return RunFailed(f"the budget of {options.model} is spent: {self._bill()}. {self._state(jobs)}. To go on, "
@@ -282,6 +285,11 @@ class Session:
         done = sum(not job.missing for job in jobs)
         return (f"{done} of the {len(jobs)} prompts asked for last are answered; every answer is kept in {self.where} "
                 "and will not be asked for again")  # fmt: skip
+
+    def _said(self, error: BaseException) -> str:
+        """A failure in a few words; shortened without the key, or the first half of one would stay."""
+        text = self._clean(describe(error))
+        return text if len(text) <= 300 else f"{text[:300]}…"
 
     def _clean(self, text: str) -> str:
         """A text without the key, which some servers repeat."""

@@ -31,12 +31,11 @@ class OpenAITeacher(TextTeacher):
         cache: every answer so far.
 
     Raises:
-        ModelError: if there is no key, or the cache cannot be written.
+        ModelError: if the cache folder cannot be made.
     """
 
     def __init__(self, options: OpenAIOptions, task: Task | None = None) -> None:
         self.options, self.name = options, options.model
-        self._key = read_key(options.key_env)
         folder = cache_folder(options)
         self.cache = AnswerCache(folder)
         self._ledger = Ledger(folder / "spent.jsonl")
@@ -48,7 +47,10 @@ class OpenAITeacher(TextTeacher):
 
     @cached_property
     def _session(self) -> Session:
-        return Session(self.options, self._key, self._ledger, lambda job: self.cache.write(job.request, job.entry),
+        """Made when the server must be asked: what the cache holds needs neither key nor a folder to write."""
+        key = read_key(self.options.key_env)
+        self._ledger.open()
+        return Session(self.options, key, self._ledger, lambda job: self.cache.write(job.request, job.entry),
                        str(self.cache.folder))  # fmt: skip
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[list[Answer]]:
@@ -58,7 +60,8 @@ class OpenAITeacher(TextTeacher):
         stays empty is handed back as it is, and so is one that the server withheld (`content_filter`).
 
         Raises:
-            ModelError: if the server cannot be reached, or does not know the model or the key.
+            ModelError: if there is no key, the cache cannot be written, the server cannot be reached, or does not know
+                the model or the key.
             RecipeError: if `sampling.json_schema` has a `$ref` that leads nowhere.
             DataError: on a prompt that cannot be sent.
             RunFailed: if the budget is spent, or a prompt cannot be answered.

@@ -24,7 +24,7 @@ class Reply:
 
     Args:
         answers: one per choice; the server may give fewer than it was asked for.
-        usage: tokens of prompt and answers, where it counts them.
+        usage: tokens of prompt and answers, where it counts both.
     """
 
     answers: list[Answer]
@@ -78,8 +78,13 @@ def prompt_tokens(prompt: Prompt) -> int:
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int = Field(ge=0)
+    prompt_tokens: int | None = Field(None, ge=0)
     completion_tokens: int | None = Field(None, ge=0)
+
+    def both(self) -> tuple[int, int] | None:
+        if self.prompt_tokens is None or self.completion_tokens is None:
+            return None  # half a count would let a budget be passed unseen
+        return self.prompt_tokens, self.completion_tokens
 
 
 class _Token(BaseModel):
@@ -152,8 +157,7 @@ def read_reply(mode: str, body: str) -> Reply:
         raise MalformedReplyError(f"a reply that cannot be read ({what}): {beginning!r}") from None
     counted = found.usage
     tokens = counted.completion_tokens if counted and len(found.choices) == 1 else None
-    usage = (counted.prompt_tokens, counted.completion_tokens or 0) if counted else None
-    return Reply([_answer(choice, tokens) for choice in found.choices], usage)
+    return Reply([_answer(choice, tokens) for choice in found.choices], counted.both() if counted else None)
 
 
 def _answer(choice: _ChatChoice | _TextChoice, tokens: int | None) -> Answer:

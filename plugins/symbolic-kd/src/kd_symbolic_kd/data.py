@@ -90,19 +90,25 @@ class TripleData(DataModule):
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
-    """Make some texts special tokens of a tokenizer (one that has them as such already stays as it is), and give it a
-    padding token.
+    """Make the texts that mark the parts of a triple special tokens of a tokenizer (one that has them as such already
+    stays as it is), and give it a padding token.
+
+    The blanks around them belong to them, all but the one before the tail: so the written form has the tokens that
+    the student learns.
 
     Raises:
         DataError: if one is an ordinary token of its vocabulary, two are alike, or the tokenizer has no end token.
     """
+    from tokenizers import AddedToken
+
     if getattr(tokenizer, "eos_token_id", None) is None:
         raise DataError("the tokenizer has no end token (eos_token), at which a tail ends; take one that has")
     taken = [token for token in tokens if token in tokenizer.get_vocab() and token not in tokenizer.get_added_vocab()]
     if taken or len(set(tokens)) < len(tokens):
         what = f"{taken[0]!r} is a word of the tokenizer's vocabulary already" if taken else "two of them are alike"
         raise DataError(f"data.special_tokens: {what}; name others")
-    tokenizer.add_tokens([*tokens], special_tokens=True)
+    marks = [AddedToken(token, lstrip=True, rstrip=token != tokens[-1], normalized=False) for token in tokens]
+    tokenizer.add_tokens(marks, special_tokens=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
 

@@ -11,6 +11,8 @@ from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from kd_symbolic_kd.critic import Critic, Reader, TrainCritic, make_critic
 from kd_symbolic_kd.data import TripleData
 from kd_symbolic_kd.options import SymbolicKDOptions
@@ -19,7 +21,7 @@ from kd_symbolic_kd.stages import Answers, Events, Filter, inferences, labelled_
 from kd_symbolic_kd.student import with_special_tokens
 from kdcore import Method, Roles, Run, Stage
 from kdcore.data import DataModule, Task, derive_seed
-from kdcore.errors import DataError
+from kdcore.errors import DataError, RunFailed
 from kdcore.stages import Supervised
 
 
@@ -64,7 +66,7 @@ class SymbolicKD(Method):
             held_out = {split: labelled[split] for split in ("val", "test")}
             corpus, threshold = yield Filter(o, trained.chosen(), reader, held_out, corpus)
             judge = (trained.chosen(), reader, threshold)
-        written = corpus.filter(lambda row: row["split"] == "train").select_columns(["head", "relation", "tail"])
+        written = training_triples(corpus)
         yield distill_stage(run, data, written)
         pairs = set(zip(written["head"], written["relation"], strict=True))
         metrics = yield Answers(o, student, data, [s for s in run.recipe.eval.on if s in data], pairs, judge)
@@ -86,6 +88,15 @@ def seed_events(options: SymbolicKDOptions, data: TripleData, seed: int) -> list
     if not heads:
         raise DataError(f"no head of the training data begins with {options.event_prefix!r}; see method.event_prefix")
     return random.Random(derive_seed(seed, "seed events")).sample(heads, min(options.seed_events, len(heads)))
+
+
+def training_triples(corpus: Any) -> Any:
+    """The training split of what was kept, without where it comes from. Raises `RunFailed` if it is empty."""
+    rows = np.flatnonzero(np.array(corpus["split"][:]) == "train")
+    if not rows.size:
+        raise RunFailed(f"of {len(corpus)} triples that the teacher wrote none is of the training split: raise "
+                        "method.event_prompts, or its share in method.fractions")  # fmt: skip
+    return corpus.select(rows).select_columns(["head", "relation", "tail"])
 
 
 def distill_stage(run: Run, data: TripleData, written: Any) -> Supervised:

@@ -22,7 +22,7 @@ Fractions = tuple[float, float, float]
 
 
 class Relation(Options):
-    """How a relation is put into words. PersonX and PersonY become names in all of it."""
+    """How a relation is put into words. PersonX and PersonY become names in item and connector."""
 
     intro: str = Field("", description="question that opens a prompt")
     item: str = Field(description="Jinja2 template of an example, with the fields number, head and tail; the prompt's "

@@ -136,12 +136,13 @@ class Sharded(Stage):
     Args:
         name: the stage's name.
         size: how many items there are.
-        shard_size: items of a piece.
     """
 
-    def __init__(self, name: str, size: int, shard_size: int = 128) -> None:
-        self.name, self.size, self.shard_size = name, size, shard_size
-        self.total_steps = -(-size // shard_size)
+    shard_size = 128
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name, self.size = name, size
+        self.total_steps = -(-size // self.shard_size)
 
     def compute(self, run: Run, items: range) -> list[Any]:
         """JSON values, one for each item."""
@@ -211,10 +212,10 @@ class Filter(Sharded):
         report = self._report(found)
         kept = self._kept(values > report["cut_off"], run.seed)
         report |= {"rows": len(values), "kept": int(kept.sum()), "kept_by": self.options.filter}
-        corpus = self.corpus.add_column("p_valid", values).add_column("kept", kept)
-        if not any(split == "train" for split in corpus.filter(lambda row: row["kept"])["split"]):
+        if not (np.array(self.corpus["split"][:])[kept] == "train").any():
             raise RunFailed(f"stage 'filter': of {len(values)} triples the critic leaves none to train on (cut-off "
                             f"{report['cut_off']:.3f}); raise method.target_recall")  # fmt: skip
+        corpus = self.corpus.add_column("p_valid", values).add_column("kept", kept)
         corpus.save_to_disk(str(artifact / "data"))
         write_text(artifact / "report.json", json.dumps(report, indent=1))
         logger.info("stage filter: %d of %d triples kept, cut-off %.3f", kept.sum(), len(kept), report["cut_off"])
@@ -237,7 +238,7 @@ class Filter(Sharded):
         """Which rows stay: those accepted, or as many of each split at random."""
         if self.options.filter == "critic":
             return accepted
-        splits, kept = np.array(self.corpus["split"]), np.zeros(len(accepted), bool)
+        splits, kept = np.array(self.corpus["split"][:]), np.zeros(len(accepted), bool)
         rng = np.random.default_rng(derive_seed(seed, "random filter"))
         for name in SPLITS:
             rows = np.flatnonzero(splits == name)
@@ -249,7 +250,8 @@ class Filter(Sharded):
         from datasets import load_from_disk
 
         report = json.loads((artifact / "report.json").read_text(encoding="utf-8"))
-        return load_from_disk(str(artifact / "data")).filter(lambda row: row["kept"]), report["cut_off"]
+        corpus = load_from_disk(str(artifact / "data"))
+        return corpus.select(np.flatnonzero(corpus["kept"][:])), report["cut_off"]
 
 
 class Answers(Sharded):

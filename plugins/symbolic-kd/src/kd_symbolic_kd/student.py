@@ -11,9 +11,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from kd_symbolic_kd.data import TripleData
-from kdcore.data import Task, seeded
+from kdcore.data import Task, seeded, to_device
 from kdcore.errors import ModelError
-from kdcore.models import Labels, Model
+from kdcore.models import Batch, Labels, Model
 
 
 def with_special_tokens(model: Model, task: Task, seed: int) -> Model:
@@ -52,14 +52,19 @@ def answers(model: Model, data: TripleData, pairs: Sequence[tuple[str, str]], ma
         going = [i for i, tail in enumerate(tails) if tokenizer.eos_token_id not in tail]
         if not going:
             break
-        logits = model(_batch([[*rows[i], *tails[i]] for i in going], tokenizer.pad_token_id, device)).need("logits")
-        for i, row in zip(going, logits, strict=True):
-            tails[i].append(int(row[len(rows[i]) + len(tails[i]) - 1, : len(tokenizer)].argmax()))
+        said = [[*rows[i], *tails[i]] for i in going]
+        logits = model(_batch(said, tokenizer.pad_token_id, device)).need("logits")
+        ends = torch.tensor([len(row) - 1 for row in said], device=device)
+        likeliest = logits[torch.arange(len(said), device=device), ends, : len(tokenizer)].argmax(-1)
+        for i, token in zip(going, likeliest.tolist(), strict=True):
+            tails[i].append(token)
     texts = tokenizer.batch_decode(tails, skip_special_tokens=True)
     return [re.split(r"[.\n]", text)[0].strip() for text in texts]
 
 
-def _batch(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Any]:
-    ids = [torch.tensor(row, device=device) for row in rows]
-    return {"input_ids": pad_sequence(ids, True, pad),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0)}  # fmt: skip
+def _batch(rows: list[list[int]], pad: int, device: torch.device) -> Batch:
+    ids = [torch.tensor(row) for row in rows]
+    batch: Batch = to_device({"input_ids": pad_sequence(ids, True, pad),
+                              "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0)},
+                             device)  # fmt: skip
+    return batch
