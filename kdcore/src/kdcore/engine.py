@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdcore import checkpoint
 from kdcore.data import derive_seed, seeded, to_device
 from kdcore.errors import DataError, Interrupted, ModelError, RecipeError, RunFailed
-from kdcore.guards import Buffers, first_not_finite, out_of_memory, wrong_numbers
+from kdcore.guards import Before, first_not_finite, out_of_memory, wrong_numbers
 from kdcore.losses import Progress, count_samples
 from kdcore.metrics import metric_names
 from kdcore.models import Batch
@@ -130,7 +130,7 @@ class _Trainer:
         self.seed = run.seed if stage.seed is None else stage.seed
         self.step = self.skipped = 0
         self.pending: list[tuple[int, dict[str, Tensor], list[Any]]] = []
-        self.kept: Buffers | None = None
+        self.kept: Before | None = None
         self.good, self.changed = True, False  # this step's numbers; whether an optimizer has stepped in it
 
     def _divide(self) -> None:
@@ -203,7 +203,7 @@ class _Trainer:
             if not self.good:
                 self._skip(terms, micro)
             self.run.notify("kd_step_finished", stage=self.stage, step=self.step, terms=terms)
-            done = self.step == self.total
+            done = self.step == self.total or bool(self.run.stop_reason)
             if self._due(self.options.log_every) or done:
                 self._log()
             if self._due(self.options.eval_every or self.per_epoch) or (done and not self.stage.metrics):
@@ -252,7 +252,7 @@ class _Trainer:
         stage.before_step(micro)
         shares = self._shares(micro)
         careful = self.options.nonfinite == "skip" or self.options.on_oom == "halve"
-        self.kept = Buffers(stage) if careful else None
+        self.kept = Before(stage, self.run.device) if careful else None
         self.good, self.changed = True, False
         logged: dict[str, Tensor] = {}
         norms: list[Tensor] = []

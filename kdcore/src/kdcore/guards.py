@@ -38,16 +38,22 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return next((name for (name, _), fine in zip(named, good, strict=True) if not fine), None)
 
 
-class Buffers:
-    """The buffers of a module as they were before a step, to go back to: a forward pass may have changed them."""
+class Before:
+    """The buffers of a module and the random state as they were before a step, to go back to: a forward pass changes
+    them."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._module, self._device = module, device
+        self._random = torch.get_rng_state()
+        self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self._kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the old values back; a buffer that was replaced by another tensor may have another shape by now."""
+        """Put everything back; a buffer that was replaced by another tensor may have another shape by now."""
+        torch.set_rng_state(self._random)
+        if self._on_device is not None:
+            torch.cuda.set_rng_state(self._on_device, self._device)
         for name, old in self._kept.items():
             owner, _, leaf = name.rpartition(".")
             if (now := self._module.get_buffer(name)).shape == old.shape:
