@@ -280,8 +280,8 @@ class _Trainer:
                 if self.kept is not None:
                     self.kept.restore()
                 return logged
-            optimizer.step()
             self.changed = True
+            optimizer.step()
         with torch.no_grad():
             stage.after_step()
         self.pending.append((self.step + 1, {**logged, _NORM: torch.stack(norms).sum()}, [_index(b) for b in micro]))

@@ -254,8 +254,9 @@ class Model(nn.Module):
         What does not fall into samples (a graph) is taken whole."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        one = {k: v[:1] if isinstance(v, Tensor | list | tuple) else v for k, v in batch.items()}
         was_training, device = self.training, next(self.parameters(), torch.empty(0)).device
+        one = {k: v[:1] if isinstance(v, Tensor | list | tuple) else v for k, v in batch.items()}
+        one = {k: v.to(device) if hasattr(v, "to") else v for k, v in one.items()}
         self.eval()
         with torch.no_grad():
             with FlopCounterMode(display=False) as counter:
