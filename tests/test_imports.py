@@ -21,10 +21,14 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "kdcore" / "src" / "kdcore"
 FLOORS = [
     ("errors",),
+    ("signals",),
+    ("folder",),
+    ("processes",),
     ("components",),
     ("hookspecs",),
     ("plugins",),
     ("options",),
+    ("reading",),
     ("recipe",),
     ("models",),
     ("text",),
@@ -32,18 +36,18 @@ FLOORS = [
     ("adopt",),
     ("losses", "metrics"),
     ("stages",),
-    ("folder",),
+    ("guards", "evaluation"),
     ("search", "generate"),
     ("checkpoint",),
     ("engine",),
     ("card",),
     ("runner",),
     ("api",),
-    ("leaderboard", "probes"),
+    ("leaderboard", "probes", "diagnose"),
     ("testing",),
 ]
 """From the ground up. A module imports only what stands on a lower floor."""
-ON_TOP = ("leaderboard", "generate", "search", "probes")
+ON_TOP = ("leaderboard", "generate", "search", "probes", "diagnose")
 """What a run does not need: only some methods, or commands, import it."""
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
@@ -138,7 +142,7 @@ def test_no_file_of_the_core_is_long_and_the_core_is_small():
     code = sum(code_lines(path) for path in sources(CORE) if path not in on_top)
     print(f"kdcore: {len(lines)} files, {sum(lines.values())} lines, of which {code} hold code")
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert code <= 2600, "the core is to stay about 2,500 lines of code"
+    assert code <= 3050, "the core is to stay about 3,000 lines of code"
 
 
 def test_nothing_light_imports_torch():

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdcore import checkpoint
-from kdcore.data import derive_seed, seeded, to_device
-from kdcore.errors import DataError, Interrupted, ModelError, RecipeError, RunFailed
+from kdcore.data import derive_seed, to_device
+from kdcore.errors import DataError, Interrupted, RecipeError
+from kdcore.evaluation import evaluate, prepare
 from kdcore.guards import Before, first_not_finite, out_of_memory, wrong_numbers
 from kdcore.losses import Progress, count_samples
-from kdcore.metrics import metric_names
 from kdcore.models import Batch
 from kdcore.recipe import ScheduleOptions
 from kdcore.stages import TrainStage
@@ -41,50 +41,6 @@ def train(run: Run, stage: TrainStage, workspace: Path) -> None:
         Interrupted: after a signal, with a checkpoint written.
     """
     _Trainer(run, stage, workspace).train()
-
-
-def prepare(run: Run, stage: TrainStage) -> None:
-    """Put a stage and its frozen models on the device and make its lazy adapters, without touching any random state."""
-    data = stage.data or run.data
-    stage.to(run.device)
-    stage.setup(data)
-    for model in stage.frozen.values():
-        model.to(run.device).eval()
-    batches = {name: to_device(data.sample(name), run.device) for name in stage.splits}
-    batch = batches if len(stage.splits) > 1 else next(iter(batches.values()))
-    stage.eval()
-    try:
-        with seeded(derive_seed(run.seed, stage.name, "adapters")), torch.no_grad():
-            stage.prepare(batch)
-    except ValueError as error:  # how pure functions refuse what they are given
-        raise ModelError(f"stage {stage.name!r}: {error}") from error
-    stage.to(run.device)
-
-
-def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[str, float]:
-    """The metrics of what a stage evaluates, on a split; the same on every process.
-
-    Raises:
-        RunFailed: if logits are NaN or plus infinity (minus infinity rules a class out).
-    """
-    accelerator, data = run.accelerator, stage.data or run.data
-    names = run.metric_names if data is run.data else metric_names(data.task)
-    metrics = stage.make_metrics(data.task, names, run.device)
-    was_training, wrong = stage.training, []
-    stage.eval()
-    with torch.no_grad(), accelerator.autocast():
-        for batch in data.eval_loader(split, batch_size, accelerator.process_index, accelerator.num_processes):
-            batch = to_device(batch, run.device)
-            if (outputs := stage.evaluate(batch)) is not None:
-                metrics.update(outputs, batch)
-                if outputs.logits is not None:
-                    wrong.append((~(outputs.logits < torch.inf).all(), batch["index"]))
-    stage.train(was_training)
-    if wrong and True in (flags := torch.stack([flag for flag, _ in wrong]).tolist()):
-        raise RunFailed(f"stage {stage.name!r}: the output is NaN or infinite for one or more of the samples "
-                        f"{wrong[flags.index(True)][1].tolist()} of split {split!r}; look at them, or train again with "
-                        "a lower rate or clipped gradients")  # fmt: skip
-    return metrics.compute()
 
 
 def write(stage: TrainStage, artifact: Path) -> None:

@@ -1,16 +1,43 @@
-"""Processes of one run that work apart for a while, and end together."""
+"""The processes of a run: how they find each other, work apart for a while, end together, and share tensors."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import datetime
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed
+import torch.distributed.nn.functional
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch import Tensor
+from torch.nn import functional as F
 
 from kdcore.errors import Interrupted, KDError, RunFailed
 from kdcore.folder import disk_problem
 from kdcore.signals import Signals
+
+if TYPE_CHECKING:
+    from kdcore.recipe import Recipe
+
+
+def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:
+    """The process's Accelerator, with the recipe's precision and trackers."""
+    from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
+
+    trackers = recipe.trackers
+    if trackers is None:
+        trackers = [str(t) for t in get_available_trackers() if str(t) == "tensorboard"]
+    AcceleratorState._reset_state()
+    precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
+    cpu = not torch.accelerator.is_available()  # said outright, or several CPU processes would not find each other
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # others wait while one searches, say
+    return Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=str(path),
+                       kwargs_handlers=[patience])  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -37,3 +64,27 @@ def _portable(error: BaseException | None, process: int) -> KDError | None:
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(f"process {process} was interrupted")
     return RunFailed(f"process {process} failed: {disk_problem(error) or f'{type(error).__name__}: {error}'}")
+
+
+def gather_with_grad(tensor: Tensor, shares: Sequence[int] = ()) -> Tensor:
+    """The tensors of all processes, concatenated along the first dimension, with gradient to each.
+
+    Args:
+        tensor: `[B, ...]`.
+        shares: B on each process, where they may differ (`Progress.shares`).
+    """
+    uneven = len(set(shares)) > 1
+    if uneven:
+        tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, max(shares) - tensor.shape[0]))
+    tensor = tensor.contiguous()
+    if tensor.is_floating_point():
+        parts = torch.distributed.nn.functional.all_gather(tensor)  # type: ignore[no-untyped-call]
+    else:
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        torch.distributed.all_gather(parts, tensor)
+    return torch.cat([part[:size] for part, size in zip(parts, shares, strict=True)] if uneven else list(parts))
+
+
+def world_size() -> int:
+    """How many processes this run has."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import re
 import shutil
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 
-from kdcore import engine, folder
+from kdcore import engine, evaluation, folder
 from kdcore.card import model_card, now
 from kdcore.components import Kind
 from kdcore.data import DataModule, derive_seed, seeded
@@ -27,8 +25,8 @@ from kdcore.losses import Loss, Weighted
 from kdcore.metrics import higher_is_better, metric_names
 from kdcore.models import Model, Source, check_pair
 from kdcore.plugins import PluginManager
-from kdcore.processes import together
-from kdcore.recipe import Recipe, Resolved, with_changes
+from kdcore.processes import make_accelerator, together
+from kdcore.recipe import Resolved, with_changes
 from kdcore.signals import GRACE, Signals
 from kdcore.stages import Method, Stage, Supervised, TrainStage, check_roles
 from kdcore.text import TextTeacher
@@ -66,13 +64,9 @@ class Run:
     """
 
     def __init__(
-        self,
-        resolved: Resolved,
-        manager: PluginManager,
-        path: Path,
-        given: Mapping[str, Any] | None = None,
+        self, resolved: Resolved, manager: PluginManager, path: Path, given: Mapping[str, Any] | None = None,
         grace: float = GRACE,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.resolved, self.recipe, self.manager, self.path = resolved, resolved.recipe, manager, path
         self.given = dict(given or {})
         self.seed = self.recipe.seed
@@ -178,9 +172,9 @@ class Run:
 
     def evaluate(self, stage: TrainStage, split: str) -> dict[str, float]:
         """The metrics of what a stage evaluates on a split, by `split/metric`."""
-        engine.prepare(self, stage)
+        evaluation.prepare(self, stage)
         size = self.recipe.train.eval_batch_size or self.recipe.train.batch_size
-        return {f"{split}/{k}": v for k, v in engine.evaluate(self, stage, split, size).items()}
+        return {f"{split}/{k}": v for k, v in evaluation.evaluate(self, stage, split, size).items()}
 
     def add_row(self, name: str, model: Model) -> None:
         """Add a line to the comparison table: a model's metrics on the splits of `eval.on`."""
@@ -323,7 +317,7 @@ class Run:
     def _load_trained(self, stage: TrainStage, artifact: Path, facts: Mapping[str, Any]) -> TrainStage:
         from safetensors.torch import load_model
 
-        engine.prepare(self, stage)
+        evaluation.prepare(self, stage)
         if "metrics" in facts:
             stage.metrics = dict(facts["metrics"])
         load_model(stage, artifact / "stage.safetensors", device=str(self.device))
@@ -402,19 +396,3 @@ class Run:
             if split not in self.data and "on" in self.recipe.eval.model_fields_set:
                 raise DataError(f"eval.on: the data has no split {split!r}; it has: {', '.join(self.data.splits)}")
         _ = self.metric_names  # refuses names that are not there
-
-
-def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:
-    """The process's Accelerator, with the recipe's precision and trackers."""
-    from accelerate.state import AcceleratorState
-    from accelerate.tracking import get_available_trackers
-
-    trackers = recipe.trackers
-    if trackers is None:
-        trackers = [str(t) for t in get_available_trackers() if str(t) == "tensorboard"]
-    AcceleratorState._reset_state()
-    precision = {"fp32": "no"}.get(recipe.train.precision, recipe.train.precision)
-    cpu = not torch.accelerator.is_available()  # said outright, or several CPU processes would not find each other
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # others wait while one searches, say
-    return Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=str(path),
-                       kwargs_handlers=[patience])  # fmt: skip

@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed
-import torch.distributed.nn.functional
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from kdcore.data import DataModule, Task
@@ -20,6 +17,7 @@ from kdcore.errors import ModelError, RecipeError, did_you_mean
 from kdcore.losses import Loss, Progress, TaskLoss, Weighted, named_terms
 from kdcore.metrics import Metrics
 from kdcore.models import Batch, Labels, Model, Outputs, Source, check_pair, map_tensors
+from kdcore.processes import gather_with_grad, world_size
 from kdcore.recipe import OPTIMIZERS, OptimizerOptions, Recipe, ScheduleOptions, TrainOptions
 
 if TYPE_CHECKING:
@@ -227,7 +225,7 @@ class Distill(TrainStage):
             item.loss.progress = self.progress
             theirs = teachers if "teachers" in item.loss.needs else teachers.get(item.teacher, Outputs())
             inputs = (student, theirs, batch)
-            if item.loss.relational and _world_size() > 1:
+            if item.loss.relational and world_size() > 1:
                 inputs = map_tensors(inputs, functools.partial(gather_with_grad, shares=self.progress.shares))
             factor = item.factor(self.progress)
             for name, value in named_terms(item.name, item.loss(*inputs)).items():
@@ -354,25 +352,6 @@ def make_optimizer(parameters: Any, options: OptimizerOptions) -> Optimizer:
     return cast(Optimizer, getattr(torch.optim, names[options.name])(groups, lr=options.lr, **given))
 
 
-def gather_with_grad(tensor: Tensor, shares: Sequence[int] = ()) -> Tensor:
-    """The tensors of all processes, concatenated along the first dimension, with gradient to each.
-
-    Args:
-        tensor: `[B, ...]`.
-        shares: B on each process, where they may differ (`Progress.shares`).
-    """
-    uneven = len(set(shares)) > 1
-    if uneven:
-        tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, max(shares) - tensor.shape[0]))
-    tensor = tensor.contiguous()
-    if tensor.is_floating_point():
-        parts = torch.distributed.nn.functional.all_gather(tensor)  # type: ignore[no-untyped-call]
-    else:
-        parts = [torch.empty_like(tensor) for _ in range(_world_size())]
-        torch.distributed.all_gather(parts, tensor)
-    return torch.cat([part[:size] for part, size in zip(parts, shares, strict=True)] if uneven else list(parts))
-
-
 def _both_logits(loss: Loss) -> bool:
     """Whether a loss compares logits of student and teacher class by class."""
     theirs = (*loss.needs.get("teacher", ()), *loss.needs.get("teachers", ()))
@@ -390,10 +369,6 @@ def _check_signals(loss: str, role: str, given: Outputs, signals: Sequence[str])
 def _classes(outputs: Outputs) -> int | None:
     logits = outputs.logits
     return None if logits is None else logits.shape[-1 if logits.ndim == 3 else 1]
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _unique_names(losses: Sequence[Weighted]) -> list[Weighted]:

@@ -12,7 +12,7 @@ from kd_mst_distill.modules import gate_net
 from kd_mst_distill.options import RoutedKDOptions
 from kdcore import Loss, Outputs
 from kdcore.errors import ModelError
-from kdcore.stages import gather_with_grad
+from kdcore.processes import gather_with_grad
 
 
 class RoutedKD(Loss):
