@@ -73,10 +73,25 @@ WORKING = {
     "given": offers("data", "given"),
     "namesake": offers("loss", "namesake"),
     "options": offers("loss", "odd-options", options="odd_options.options:Odd"),
+    "endless": offers("loss", "odd-endless", options="odd_endless.options:Endless"),
     "target": hook("return [Component('loss', 'odd-target', 'odd_target.nowhere:Odd', summary='odd')]"),
     "observer": hook("raise RuntimeError('the tracker is down')", "kd_step_finished(run, step)"),
 }
 """What is admitted, and shows its faults later or not at all."""
+
+ENDLESS = """
+from pydantic import model_validator
+from kdcore.options import Options
+
+
+class Endless(Options):
+    depth: int = 0
+
+    @model_validator(mode="after")
+    def _again(self):
+        type(self)(depth=self.depth + 1)
+        return self
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +102,8 @@ def site(tmp_path_factory, install) -> Path:
         install(folder, f"odd-{name}", broken.source, entry=broken.entry, requires=broken.requires)
     for name, source in WORKING.items():
         entry = "demo = odd_namesake" if name == "namesake" else ""
-        install(folder, f"odd-{name}", source, entry=entry, options="raise RuntimeError('options need a GPU')")
+        options = ENDLESS if name == "endless" else "raise RuntimeError('options need a GPU')"
+        install(folder, f"odd-{name}", source, entry=entry, options=options)
     return folder
 
 
@@ -116,7 +132,7 @@ def test_the_list_carries_every_broken_plugin_with_distribution_and_cause(kd_pro
     assert more == {
         ("loss", "kd"),
         ("data", "given"),
-        *(("loss", n) for n in ("namesake", "odd-options", "odd-target")),
+        *(("loss", n) for n in ("namesake", "odd-endless", "odd-options", "odd-target")),
     }
 
 
@@ -200,6 +216,19 @@ def test_an_observer_that_raises_is_named_once_and_the_run_goes_on(kd, installed
     assert result.stderr.count("odd-observer") == 1
     assert "failed in kd_step_finished" in result.stderr
     assert "RuntimeError: the tracker is down" in result.stderr
+
+
+def test_options_that_recurse_for_ever_are_told_at_their_key(kd, installed):
+    result = kd("run", "mine.yaml", "losses=[{use: odd-endless, depth: 1}]")
+    assert result.exit_code == 2
+    assert "losses.0: the options of 'odd-endless' fail: RecursionError" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_doctor_names_a_plugin_that_imports_torch(kd_process, installed):
+    problems = json.loads(kd_process("doctor", "--json", KD_PLUGINS="odd-torch,odd-options").stdout)["problems"]
+    assert problems == ["plugin odd-torch (odd-torch 1.0): it imports torch when it is loaded, for which every command "
+                        "of kd waits"]  # fmt: skip
 
 
 def test_a_plugin_that_imports_torch_is_found_by_conformance(installed):

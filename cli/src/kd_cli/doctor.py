@@ -51,11 +51,12 @@ def doctor(
     if replay is not None:
         return _replay(ctx, replay, as_json)
     problems: list[str] = []
+    plugins = _plugins(ctx.obj, problems)  # before torch is imported, so that a plugin that imports it is seen
     report = {
         "versions": _versions(problems),
         "devices": _devices(problems),
         "folder": _folder(problems),
-        "plugins": _plugins(ctx.obj, problems),
+        "plugins": plugins,
         "problems": problems,
     }
     _check_torchvision(problems)
@@ -146,6 +147,9 @@ def _plugins(manager: PluginManager, problems: list[str]) -> list[dict[str, Any]
                       "components": len(info.components), "error": info.error})  # fmt: skip
         if info.error:
             problems.append(f"plugin {info.name} ({info.distribution} {info.version}): {info.error}")
+        if info.heavy:
+            problems.append(f"plugin {info.name} ({info.distribution} {info.version}): it imports torch when it is "
+                            "loaded, for which every command of kd waits")  # fmt: skip
     count = Counter((c.kind, c.name) for _, c in manager.components())
     for (kind, name), number in count.items():
         if number > 1:

@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,13 +26,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """What is known of one plugin: entry-point name, distribution, version, and its error if it is broken."""
+    """What is known of one plugin: entry-point name, distribution, version, its error if it is broken, and whether it
+    imported torch when it was loaded, which makes every command slow."""
 
     name: str
     distribution: str
     version: str = ""
     error: str | None = None
     components: tuple[Component, ...] = ()
+    heavy: bool = False
 
 
 @dataclass
@@ -94,7 +97,9 @@ class PluginManager:
             key = entry.name if entry.name not in self._infos else f"{info.distribution}:{entry.name}"
             try:
                 _check_core_version(dist)
-                self._infos[key] = self._admit(info, entry.load())
+                before = "torch" in sys.modules
+                admitted = self._admit(info, entry.load())
+                self._infos[key] = replace(admitted, heavy=not before and "torch" in sys.modules)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit at import must not end the program either

@@ -281,6 +281,8 @@ def resolve(data: Mapping[str, Any], manager: PluginManager, source: str = "reci
             problems.append(f"{key}.use: {error}")
         except ValidationError as error:
             problems += explain(error, typing.cast(type[BaseModel], model), key)
+        except Exception as error:  # a plugin's own code
+            problems.append(f"{key}: the options of {spec.use!r} fail: {type(error).__name__}: {error}")
     train_overrides = [(f"{kind}.{role}.train", spec.train) for kind in ("teachers", "students")
                        for role, spec in getattr(recipe, kind).items() if spec.train]  # fmt: skip
     train_overrides += [(f"stages.{name}.train", stage.train) for name, stage in recipe.stages.items()]
