@@ -75,7 +75,7 @@ def test_without_memory_the_run_says_how_much_there_was_and_halving_finds_it(lit
     need = torch.cuda.max_memory_allocated() / 2**30
     del whole
     little_memory(0.6 * need)
-    with pytest.raises(RunFailed, match=r"out of memory on cuda(:0)? at step 1 with 512 samples.*peak .* GiB.*on_oom"):
+    with pytest.raises(RunFailed, match=r"out of memory on cuda(:0)? at step \d with 512 samples.*peak .* GiB.*on_oom"):
         kdcore.run("kd", BIG, run_dir=tmp_path / "stopped")
     result = kdcore.run("kd", [*BIG, "train.on_oom=halve"], run_dir=tmp_path / "halved")
     assert Path(result.path, "student").is_dir()

@@ -35,4 +35,8 @@ def evaluate(
         tables.print_json(found)
         return
     out = tables.console()
-    tables.show_metrics(out, found, f"Student of {run}")
+    if found:
+        tables.show_metrics(out, found, f"Student of {run}")
+    else:
+        out.print("the task of this data has no metrics; what the method measured stands in "
+                  f"{run / 'run.json'} and {run / 'README.md'}", soft_wrap=True)  # fmt: skip

@@ -181,7 +181,8 @@ class Run:
         self.rows.append({"model": name, **self._final_metrics(model)})
 
     def add_metric(self, name: str, value: float, higher_is_better: bool = True) -> None:
-        """Add a metric to the result that the task's do not have, as `split/name`; the same on every process."""
+        """Add a metric to the result that the task's do not have, as `split/name`; the same on every process. Those come
+        first, and the first of all is the one that comparisons use."""
         self.extra_metrics[name] = (value, higher_is_better)
 
     # -- what the engine asks for --------------------------------------------------------------------------------
@@ -326,9 +327,9 @@ class Run:
     def _finish(self) -> Result:
         students = {role: cast(Model, m) for role, m in self.models.items() if role in self.student_roles}
         result = Result(self.path, rows=self.rows, student=students.get("student", next(iter(students.values()), None)))
+        result.metrics = {name: value for name, (value, _) in self.extra_metrics.items()}
         if result.student is not None:
-            result.metrics = self._final_metrics(result.student)
-        result.metrics |= {name: value for name, (value, _) in self.extra_metrics.items()}
+            result.metrics |= self._final_metrics(result.student)
         if self.folder:
             for role, model in students.items():
                 where = self.path / "student" if len(students) == 1 else self.path / "students" / role
