@@ -40,7 +40,7 @@ def launch(
 
     if not ctx.find_root().params["verbose"]:
         logging.disable()
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(grace) + _TO_END))
     command = ["-m", "kd_cli", *_global_options(ctx), "run", *arguments]
@@ -56,10 +56,13 @@ def launch(
 
 def follow_launcher() -> None:
     """End with the launcher, even where that was killed: the kernel then sends SIGTERM. (Linux; elsewhere nothing.)"""
-    if LAUNCHED in os.environ and sys.platform == "linux":
+    launcher = os.environ.get(LAUNCHED)
+    if launcher and sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(launcher):  # it is gone already
+            raise SystemExit(Terminated.exit_code)
 
 
 def _global_options(ctx: typer.Context) -> list[str]:

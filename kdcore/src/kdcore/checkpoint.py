@@ -32,7 +32,7 @@ def save(
     if accelerator.is_main_process:
         folder.commit(temporary, final, {"step": step, "processes": accelerator.num_processes, **facts}, recipe)
         for old in sorted(checkpoints.glob("step-*[0-9]"))[:-keep]:
-            shutil.rmtree(old)
+            folder.remove(old)
     accelerator.wait_for_everyone()
     return final
 

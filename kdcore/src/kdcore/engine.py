@@ -205,11 +205,11 @@ class _Trainer:
         epoch = self.step // (self.per_epoch or self.total)
         progress = [Progress(self.step, epoch, self.step / self.total, sizes) for sizes in self.sizes]
         stage.progress = progress[0]
-        stage.before_step(micro)
-        shares = self._shares(micro)
         careful = self.options.nonfinite == "skip" or self.options.on_oom == "halve"
         self.kept = Before(stage, self.run.device) if careful else None
         self.good, self.changed = True, False
+        stage.before_step(micro)
+        shares = self._shares(micro)
         logged: dict[str, Tensor] = {}
         norms: list[Tensor] = []
         for objective, optimizer in self.optimizers.items():

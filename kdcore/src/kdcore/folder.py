@@ -48,6 +48,15 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def remove(folder: Path) -> None:
+    """Take a folder away in one step, so that no half of it is ever seen."""
+    if folder.exists():
+        temporary = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(folder, temporary)
+        shutil.rmtree(temporary)
+
+
 def commit(temporary: Path, final: Path, facts: Mapping[str, Any] | None = None, recipe: str = "") -> None:
     """Make a finished folder permanent: digests of its files, `facts` and the fingerprint of the recipe it belongs to
     in a manifest, flushed, then renamed."""
@@ -58,8 +67,9 @@ def commit(temporary: Path, final: Path, facts: Mapping[str, Any] | None = None,
     for path in [*files, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         _flush(path)
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, final.with_name(f"{final.name}.old.tmp"))
     os.rename(temporary, final)
+    shutil.rmtree(final.with_name(f"{final.name}.old.tmp"), ignore_errors=True)
     _flush(final.parent)
 
 

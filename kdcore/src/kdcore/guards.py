@@ -39,14 +39,15 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 class Before:
-    """The buffers of a module and the random state as they were before a step, to go back to: a forward pass changes
-    them."""
+    """What a step changes besides what its optimizers train, as it was before, to go back to: buffers, parameters
+    without gradient (an EMA teacher), the random state."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module, self._device = module, device
         self._random = torch.get_rng_state()
         self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self._kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self._still = [(p, p.detach().clone()) for p in module.parameters() if not p.requires_grad]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -54,6 +55,8 @@ class Before:
         torch.set_rng_state(self._random)
         if self._on_device is not None:
             torch.cuda.set_rng_state(self._on_device, self._device)
+        for parameter, value in self._still:
+            parameter.copy_(value)
         for name, old in self._kept.items():
             owner, _, leaf = name.rpartition(".")
             if (now := self._module.get_buffer(name)).shape == old.shape:

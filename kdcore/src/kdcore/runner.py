@@ -181,8 +181,7 @@ class Run:
         self.rows.append({"model": name, **self._final_metrics(model)})
 
     def add_metric(self, name: str, value: float, higher_is_better: bool = True) -> None:
-        """Add a metric to the result that the task's do not have, as `split/name`; the same on every process. Those come
-        first, and the first of all is the one that comparisons use."""
+        """Add a metric to the result that the task's do not have, as `split/name`; the same on every process."""
         self.extra_metrics[name] = (value, higher_is_better)
 
     # -- what the engine asks for --------------------------------------------------------------------------------
@@ -286,6 +285,8 @@ class Run:
             self.accelerator.wait_for_everyone()
             self._execute(stage, where)
             self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:  # here, since a kill may come between artifact and tidying up
+            folder.remove(where / "checkpoints")
         facts = self.verify(artifact)
         if isinstance(stage, TrainStage):
             return self._load_trained(stage, artifact, facts)
@@ -313,7 +314,6 @@ class Run:
         else:
             stage.execute(self, where, temporary)
         self.commit(temporary, where / "artifact", facts)
-        shutil.rmtree(where / "checkpoints", ignore_errors=True)
 
     def _load_trained(self, stage: TrainStage, artifact: Path, facts: Mapping[str, Any]) -> TrainStage:
         from safetensors.torch import load_model
@@ -327,9 +327,9 @@ class Run:
     def _finish(self) -> Result:
         students = {role: cast(Model, m) for role, m in self.models.items() if role in self.student_roles}
         result = Result(self.path, rows=self.rows, student=students.get("student", next(iter(students.values()), None)))
-        result.metrics = {name: value for name, (value, _) in self.extra_metrics.items()}
         if result.student is not None:
-            result.metrics |= self._final_metrics(result.student)
+            result.metrics = self._final_metrics(result.student)
+        result.metrics |= {name: value for name, (value, _) in self.extra_metrics.items()}
         if self.folder:
             for role, model in students.items():
                 where = self.path / "student" if len(students) == 1 else self.path / "students" / role
@@ -337,10 +337,10 @@ class Run:
                 shutil.rmtree(temporary, ignore_errors=True)
                 model.save(temporary)
                 self.commit(temporary, where, {"role": role})
+            folder.write_text(self.path / "README.md", model_card(self, result.metrics))
             self.folder.update(status="finished", finished=now(), metrics=result.metrics, rows=result.rows,
                                higher_is_better=self._higher_is_better(result.metrics),
                                timings={**self.folder.read().get("timings", {}), **self.timings})  # fmt: skip
-            folder.write_text(self.path / "README.md", model_card(self, result.metrics))
         self.accelerator.wait_for_everyone()
         self.notify("kd_run_finished", result=result)
         return result

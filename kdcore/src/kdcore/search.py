@@ -71,11 +71,12 @@ class SearchStage(Stage):
             while (candidate := self.propose(archive, self._generator(run, len(archive)))) is not None:
                 candidate = json.loads(json.dumps(candidate))  # as it will be after a resume
                 trial = Trial(candidate, {k: float(v) for k, v in self.score(run, candidate).items()})
+                archive.append(trial)
+                # first the row: one without its trial is dropped after a kill, a trial without its row would stay so
+                run.log({"stage": self.name, "step": len(archive), "metrics": trial.scores})
                 file.write(_line(trial, key))
                 file.flush()
                 os.fsync(file.fileno())
-                archive.append(trial)
-                run.log({"stage": self.name, "step": len(archive), "metrics": trial.scores})
                 terms = {name: torch.tensor(value) for name, value in trial.scores.items()}
                 run.notify("kd_step_finished", stage=self, step=len(archive), terms=terms)
                 if signals:

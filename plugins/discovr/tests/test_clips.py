@@ -102,9 +102,22 @@ def test_csv_lists_paths_frames_and_labels(tmp_path):
 
 
 def test_numbers_as_labels_stand_in_their_order(tmp_path):
+    (tmp_path / "a.avi").touch()
     rows = "".join(f"a.avi,{label}\n" for label in (10, 9, 2))
     (tmp_path / "train.csv").write_text("path,label\n" + rows)
     assert clips(options(tmp_path)).task.classes == ("2", "9", "10")
+
+
+def test_other_files_and_folders_beside_the_splits_are_left_alone(folder):
+    (folder / "FileList.csv").write_text("FileName,EF\na,50\n")
+    (folder / "Videos").mkdir()
+    assert set(clips(options(folder)).splits) == {"train", "val"}
+
+
+def test_csv_written_by_a_spreadsheet_is_read(tmp_path):
+    (tmp_path / "a.avi").touch()
+    (tmp_path / "train.csv").write_text("path,label\na.avi,1\n", encoding="utf-8-sig")
+    assert clips(options(tmp_path)).labels("train").tolist() == [0]
 
 
 def test_method_learns_from_files(folder, tmp_path):
@@ -122,15 +135,17 @@ def test_method_learns_from_files(folder, tmp_path):
     ("files", "changes", "message"),
     [
         ({}, {"path": "/nowhere"}, "there is no folder /nowhere"),
-        ({}, {}, "neither CSV files nor folders"),
+        ({}, {}, "for none of train, val, test, a CSV file or a folder of videos"),
+        ({"train.csv": "path\nb.avi\n"}, {}, "train.csv, line 2: there is no file .*b.avi"),
         ({"train.csv": "path\n"}, {}, "train.csv lists no videos"),
         ({"train.csv": "file\na.avi\n"}, {}, "no column `path`; its columns are: file"),
         ({"train.csv": "path,frames\na.avi,many\n"}, {}, "line 2: expected a path"),
-        ({"train.csv": "path,label\na.avi,1\nb.avi,\n"}, {}, "some videos have a label and some have none"),
+        ({"train.csv": "path,label\na.avi,1\na.avi,\n"}, {}, "some videos have a label and some have none"),
         ({"train.csv": "path\na.avi\n"}, {"splits": ("test",)}, "neither .*test.csv nor a folder"),
     ],
 )
 def test_wrong_lists_get_a_clear_sentence(tmp_path, files, changes, message):
+    (tmp_path / "a.avi").touch()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
@@ -139,9 +154,11 @@ def test_wrong_lists_get_a_clear_sentence(tmp_path, files, changes, message):
 
 def test_file_that_is_no_video_is_named(tmp_path):
     (tmp_path / "a.avi").write_text("no video")
-    (tmp_path / "train.csv").write_text("path\na.avi\nmissing.avi\n")
+    (tmp_path / "gone.avi").touch()
+    (tmp_path / "train.csv").write_text("path\na.avi\ngone.avi\n")
     data = clips(options(tmp_path))
-    for index, name in enumerate(("a.avi", "missing.avi")):
+    (tmp_path / "gone.avi").unlink()
+    for index, name in enumerate(("a.avi", "gone.avi")):
         with pytest.raises(DataError, match=rf"{name} cannot be decoded"):
             data["train"][index]
 

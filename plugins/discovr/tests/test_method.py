@@ -86,6 +86,18 @@ def test_teachers_begin_as_copies_and_follow_once_per_step(tmp_path):
     stage.before_step([dict(batch), dict(batch)])
     for old, (slow, fast) in zip(before, pairs, strict=True):
         torch.testing.assert_close(slow, 0.9 * old + 0.1 * fast)
+    stage.progress = kdcore.losses.Progress(step=1)
+    stage.before_step([batch])
+    for old, (slow, fast) in zip(before, pairs, strict=True):
+        torch.testing.assert_close(slow, 0.81 * old + 0.19 * fast)
+
+
+def test_teachers_stay_in_evaluation_mode(tmp_path):
+    stage, _ = stage_of(tmp_path)
+    stage.train()
+    for branch in (stage.video, stage.image):
+        assert not any(module.training for module in branch.teacher.modules())
+        assert branch.student["encoder"].training
 
 
 def test_what_stands_idle_is_not_made(tmp_path):
@@ -136,9 +148,12 @@ def test_targets_belong_to_the_center_before_the_step(tmp_path):
     logits = batch["targets"]["image_logits"]
     assert logits.shape == (24, 12)
     torch.testing.assert_close(batch["targets"]["image_probs"], (logits / 0.04).softmax(1))
+    assert not stage.image.center.any()
+    stage.after_step()
     torch.testing.assert_close(stage.image.center, 0.1 * logits.mean(0, keepdim=True))
     by_probs, batch = stage_of(tmp_path / "probs", {"center_on": "probs"})
     by_probs.before_step([batch])
+    by_probs.after_step()
     torch.testing.assert_close(by_probs.video.center, 0.1 * batch["targets"]["video_probs"].mean(0, keepdim=True))
 
 
@@ -352,7 +367,8 @@ def test_wrong_options_name_the_key(change, message):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data": {"frames": 5}}, ModelError, "clips of 5 frames cannot be divided into tubelets of 2.*such as 4"),
+        ({"data": {"frames": 5}}, ModelError, "clips of 5 frames cannot be divided into tubelets of 2.*such as 6"),
+        ({"data": {"frames": 2}, "student": {"tubelet": 4}}, ModelError, "clips of 2 frames .*such as 4"),
         ({"data": {"size": 20}}, ModelError, "frames of 20x20 pixels cannot be divided into patches of side 8"),
         ({"student": {"channels": 1, "mean": [0.5], "std": [0.5]}}, ModelError, "have 3 channels.*reads 1"),
         ({"student": {"use": "demo-cnn"}}, RecipeError, "unknown key"),
@@ -395,6 +411,23 @@ def test_probes_without_labels_are_refused_before_training(tmp_path):
     samples = [{"video": torch.rand(4, 3, 16, 16)} for _ in range(8)]
     with pytest.raises(DataError, match="asks for labels, but the clips of the split 'train' have none"):
         given(tmp_path / "run", samples, probes=["knn"], probe_query="train")
+
+
+def test_probes_of_one_label_are_refused_before_training(tmp_path):
+    samples = [{"video": torch.rand(4, 3, 16, 16), "label": 1} for _ in range(8)]
+    with pytest.raises(DataError, match="all clips of the split 'train' have the same label"):
+        given(tmp_path / "run", samples, probes=["linear"], probe_query="train")
+
+
+def test_damaged_videomae_is_named(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.VideoMAEConfig(image_size=16, patch_size=8, num_frames=4, hidden_size=16, num_hidden_layers=1,
+                                         num_attention_heads=2, intermediate_size=32)  # fmt: skip
+    transformers.VideoMAEModel(config).save_pretrained(tmp_path / "published")
+    (tmp_path / "published" / "model.safetensors").write_bytes(b"damaged")
+    for student in ({"model": str(tmp_path / "published")}, {"checkpoint": str(tmp_path / "published")}):
+        with pytest.raises(ModelError, match=r"the VideoMAE model .*published' cannot be had"):
+            api.run({**recipe(), "student": {"use": "videomae", **student}}, run_dir=tmp_path / "run")
 
 
 def test_student_that_is_no_video_encoder_is_refused(tmp_path):

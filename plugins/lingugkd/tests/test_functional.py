@@ -169,6 +169,19 @@ def test_weights_that_are_not_learned_are_equal():
     assert not [name for name, _ in loss.named_parameters() if "weights" in name]
 
 
+def test_states_of_any_precision_are_projected_in_single():
+    loss = LinguGKDLoss(LossOptions(dropout=0))
+    student, batch = batch_of()
+    plain = loss(student, Outputs(), batch)
+    half = {**batch, TEACHER: batch[TEACHER].bfloat16()}
+    rounded = {**batch, TEACHER: half[TEACHER].float()}
+    assert loss(student, Outputs(), half) == loss(student, Outputs(), rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(student, Outputs(), batch)
+    assert {term.dtype for term in found.values()} == {torch.float32}
+    torch.testing.assert_close(found["nce"], plain["nce"], atol=0.05, rtol=0.05)
+
+
 def test_some_nodes_of_a_batch_are_contrasted_and_all_classified():
     loss = LinguGKDLoss(LossOptions(nce_nodes=3, dropout=0, task_weighting="fixed"), seed=5)
     student, batch = batch_of(40)

@@ -143,6 +143,9 @@ def test_long_prompts_lose_neighbours_then_words(tmp_path):
         assert len(ids) <= limit
         assert ids[-2:] == whole[-2:]
         assert (len(ids) >= len(bare)) == (limit > len(bare))
+    made.options = made.options.model_copy(update={"max_length": 1000})
+    teacher.model.module.config.max_position_embeddings = len(whole) - 1  # what the model reads is a limit, too
+    assert len(teacher.encode(made, Request(node, 2, 0))) < len(whole)
     made.options = made.options.model_copy(update={"max_length": 9})
     with pytest.raises(DataError, match=r"raise method.max_length above 9"):
         teacher.encode(made, Request(node, 2, 0))
@@ -262,12 +265,19 @@ def test_adapters_are_saved_alone_where_the_weights_lie_on_a_disk(tmp_path):
         ({"use": "transformers", "config": {"model_type": "vit"}}, {}, "no model of type 'vit' with the head"),
         (None, {"tokenizer": "./nowhere"}, "method.tokenizer: './nowhere' cannot be loaded"),
         (None, {"lora": {"targets": ["no_such_layer"]}}, "method.lora does not fit a LlamaForCausalLM"),
-        (None, {"tuning": "full", "quantize": "nf4"}, "weights in 4 bits cannot be trained"),
     ],
 )  # fmt: skip
 def test_teachers_that_cannot_be_tuned_are_refused(tmp_path, teacher, method, message):
     with pytest.raises(ModelError, match=message):
         tuned(make_run(tmp_path, teacher, **method))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
+    teacher, _, _ = teacher_of(make_run(tmp_path / "run"))
+    teacher.tokenizer.eos_token = None
+    teacher.tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ModelError, match="the tokenizer has no end token"):
+        teacher_of(make_run(tmp_path / "again", tokenizer=str(tmp_path / "endless")))
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
@@ -342,6 +352,12 @@ def test_votes_by_hop_and_over_all():
     assert total.tolist() == [[1, 2], [0, 0], [0, 0], [0, 0]]
     assert asked.tolist() == [True, True, False, False]
     assert votes(found, 2, hop=2)[1].tolist() == [True, False, False, False]
+
+
+def test_every_hop_has_one_vote_however_many_prompts_it_has():
+    found = corpus([(0, 0, 1.0, 1), (0, 1, 1.0, 1), *[(0, 2, 1.0, 0)] * 4, (1, 1, 1.0, 0), (1, 1, 1.0, -1)])
+    total, _ = votes(found, 2)
+    assert total[:2].tolist() == [[1, 2], [0.5, 0]]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_pyg import nets
 from kd_pyg.graph import GraphData, random_split
-from kdcore.data import IGNORE
+from kdcore.data import IGNORE, to_device
 from kdcore.errors import DataError
 
 
@@ -57,8 +57,18 @@ def test_one_hop_less_than_layers_is_not_the_whole_graph():
 def test_no_hops_limit_hands_over_the_whole_graph():
     data = ring(hops=None)
     batch = data.sample("train", 3)
-    assert batch["graph"] is data.graph
+    assert batch["graph"].x is data.graph.x
+    assert batch["graph"].edge_index is data.graph.edge_index
     assert torch.equal(batch["seeds"], batch["node"])
+
+
+@pytest.mark.parametrize("hops", [None, 2])
+def test_a_batch_that_goes_to_a_device_leaves_the_graph_where_it_is(hops):
+    data = ring(hops=hops)
+    moved = to_device(data.sample("train", 3), torch.device("meta"))
+    assert {moved[key].device.type for key in ("seeds", "node", "label")} == {"meta"}
+    assert moved["graph"].x.device.type == moved["graph"].degree.device.type == "meta"
+    assert data.graph.x.device.type == data.graph.edge_index.device.type == "cpu"
 
 
 @pytest.mark.parametrize("kind", ["gcn", "sage", "gat", "gin"])
@@ -68,6 +78,26 @@ def test_a_graph_without_edges(kind):
     batch = data.sample("train", 3)
     assert batch["graph"].edge_index.shape == (2, 0)
     assert outputs(network(kind), batch).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["gcn", "sage", "gat"])  # gin adds up all neighbours in half precision
+def test_half_precision_stays_close_also_at_many_neighbours(kind):
+    data = GraphData(torch.randn(400, 5), torch.stack([torch.zeros(399).long(), torch.arange(1, 400)]),
+                     torch.arange(400) % 3, {"train": range(400)}, 3)  # fmt: skip
+    net, batch = network(kind), data.sample("train", 400)
+    plain = outputs(net, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outputs(net, batch)
+    torch.testing.assert_close(found.float(), plain, atol=0.05, rtol=0.05)
+
+
+def test_linear_layers_begin_as_xavier_draws_them():
+    net = network("gin", hidden=200, pre=2)
+    head, hidden = net.head.weight, net.pre[1].layer.weight
+    assert hidden.abs().max() <= (12 / 400) ** 0.5
+    assert hidden.std().item() == pytest.approx((12 / 400 / 3) ** 0.5, rel=0.02)
+    assert head.std().item() == pytest.approx((12 / 203 / 3) ** 0.5, rel=0.1)
+    assert not net.head.bias.any()
 
 
 def test_isolated_nodes_stand_alone():
@@ -142,16 +172,28 @@ def test_self_loops_and_duplicates_are_dropped():
         ({"edges": [[0, 1], [1, 7]]}, r"edge 1 names the nodes \[1, 7\], but the nodes are numbered 0 to 3"),
         ({"edges": [0, 1]}, r"edges must be \[2, E\]"),
         ({"labels": [0, 1]}, r"features must be \[N, F\] and labels \[N\]"),
-        ({"splits": {"train": [0, 9]}}, "the split 'train' names the node 9, but there are 4"),
+        ({"splits": {"train": [0, 9]}}, "the split 'train' names the node 9, but the last is 3"),
+        ({"splits": {"train": [0, -1]}}, "the split 'train' names the node -1"),
+        ({"splits": {"train": [0], "val": []}}, "the split 'val' has no nodes"),
+        ({"labels": [0, 1, 2, -100]}, "whole numbers from 0 to 1, and -100 where unknown, not 2"),
+        ({"labels": [0, 1, -1, 0]}, "not -1"),
+        ({"labels": [0.0, 1.0, 0.0, 1.0]}, "not torch.float32"),
+        ({"classes": []}, "there are no classes"),
+        ({"classes": 0}, "there are no classes"),
+        ({"classes": ["only"]}, "there is one class, 'only'"),
+        ({"x": [[1.0], [float("nan")], [0.0], [1.0]]}, r"node 1 has features that are not finite \(1 such nodes\)"),
+        ({"fanout": [3]}, r"fanout needs one number, at least 1, for each of 2 hops, but is \[3\]"),
+        ({"fanout": [3, 0]}, "fanout needs one number"),
         ({"splits": {"train": [0, 1], "test": [1, 2]}}, "node 1 is in train and in test"),
         ({"texts": ["a"]}, "there are 1 texts for 4 nodes"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
-    given = {"edges": [[0], [1]], "labels": [0, 1, 0, 1], "splits": {"train": [0, 1], "val": [2]}} | changes
+    given = {"x": [[0.0]] * 4, "edges": [[0], [1]], "labels": [0, 1, 0, 1], "splits": {"train": [0, 1], "val": [2]},
+             "classes": 2} | changes  # fmt: skip
+    x, edges, labels = (torch.tensor(given.pop(key)) for key in ("x", "edges", "labels"))
     with pytest.raises(DataError, match=message):
-        GraphData(torch.randn(4, 3), torch.tensor(given["edges"]), torch.tensor(given["labels"]), given["splits"], 2,
-                  texts=given.get("texts"))  # fmt: skip
+        GraphData(x, edges, labels, **given)
 
 
 def test_texts_where_they_are_needed():

@@ -47,12 +47,11 @@ def test_outputs_are_of_the_batchs_nodes(kind):
 def test_students_of_a_run_load_outside_it(tmp_path, kind):
     result = api.run(recipe(student={"use": kind, "hidden": 8}), run_dir=tmp_path / "run")
     net = nets.load(tmp_path / "run" / "student")
-    graph, nodes = api.load_student(tmp_path / "run")[0].data.graph, result.student
     data = api.load_student(tmp_path / "run")[0].data
     with torch.no_grad():
-        whole = net(graph.x, graph.edge_index)["logits"]
+        whole = net(data.graph.x, data.graph.edge_index)["logits"]
         batch = data.sample("test", 100)
-        torch.testing.assert_close(nodes.eval()(batch).logits, whole[batch["node"]])
+        torch.testing.assert_close(result.student.eval()(batch).logits, whole[batch["node"]])
     assert kdcore.evaluate(tmp_path / "run") == result.metrics
 
 
@@ -129,6 +128,12 @@ def test_a_checkpoint_decides_the_architecture_and_must_fit(tmp_path):
     ]:
         with pytest.raises(ModelError, match=message):
             api.run(recipe(student={**student, "checkpoint": str(tmp_path / "run")}, data=data), run_dir=tmp_path / "x")
+    weights = tmp_path / "run" / "student" / nets.WEIGHTS
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / nets.CONFIG).write_text((weights.parent / nets.CONFIG).read_text())
+    (tmp_path / "damaged" / nets.WEIGHTS).write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(ModelError, match="damaged holds no graph network"):
+        api.run(recipe(student={"use": "gcn", "checkpoint": str(tmp_path / "damaged")}), run_dir=tmp_path / "x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="holds no graph network"):
         api.run(recipe(student={"use": "gcn", "checkpoint": str(tmp_path / "empty")}), run_dir=tmp_path / "x")
@@ -140,5 +145,7 @@ def test_what_does_not_fit_gets_a_clear_sentence(tmp_path):
     with pytest.raises(ModelError, match=r"3 message-passing layers, but a batch holds only 2 hops.*data.hops=3"):
         api.run(recipe(student={"use": "gcn", "hidden": 8, "layers": 3}), run_dir=tmp_path / "run")
     data = stochastic_block(StochasticBlockOptions())
+    with pytest.raises(ModelError, match="needs two nodes or more in training, and a batch holds one"):
+        api.run(recipe(train={"steps": 1, "batch_size": 1}), run_dir=tmp_path / "one")
     with pytest.raises(ModelError, match="reads 'graph' and 'seeds'; the batch has: image"):
         models.gcn(GNNOptions(), data.task)({"image": torch.zeros(1)})

@@ -18,6 +18,7 @@ from kdcore.data import DataModule, Task
 from kdcore.errors import DataError
 
 SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+SPLITS = ("train", "val", "test")
 
 
 def clips(options: ClipsOptions) -> DataModule:
@@ -29,13 +30,14 @@ def clips(options: ClipsOptions) -> DataModule:
     Raises:
         DataError: if there are no splits, or a CSV file does not list videos.
     """
-    root = Path(options.path)
+    root = Path(options.path).expanduser()
     if not root.is_dir():
         raise DataError(f"data.path: there is no folder {root}")
-    names = options.splits or sorted({p.stem for p in root.iterdir() if p.is_dir() or p.suffix == ".csv"})
-    listed = {name: listing(root, name) for name in names}
+    there = [name for name in SPLITS if (root / f"{name}.csv").is_file() or (root / name).is_dir()]
+    listed = {name: listing(root, name) for name in options.splits or there}
     if not listed:
-        raise DataError(f"data.path: {root} holds neither CSV files nor folders of videos, one for each split")
+        raise DataError(f"data.path: {root} holds, for none of {', '.join(SPLITS)}, a CSV file or a folder of videos; "
+                        "name other splits in data.splits")  # fmt: skip
     labels = sorted({entry.label for entries in listed.values() for entry in entries if entry.label is not None})
     classes = sorted(labels, key=int) if all(label.isdecimal() for label in labels) else labels
     splits = {name: Videos(entries, classes, options) for name, entries in listed.items()}
@@ -75,10 +77,10 @@ def from_csv(file: Path) -> list[Entry]:
     """Rows of columns `path` and, if they are there, `frames` and `label`; paths are relative to the file.
 
     Raises:
-        DataError: if the file cannot be read, has no column `path`, or a row is wrong.
+        DataError: if the file cannot be read, has no column `path`, or a row is wrong or names no file.
     """
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
             table = csv.DictReader(stream, skipinitialspace=True)
             rows, columns = list(table), table.fieldnames or []
     except (OSError, ValueError, csv.Error) as error:
@@ -90,6 +92,8 @@ def from_csv(file: Path) -> list[Entry]:
         path, frames, label = ((row.get(key) or "").strip() for key in ("path", "frames", "label"))
         if not path or (frames and not (frames.isdecimal() and int(frames))):
             raise DataError(f"{file}, line {number}: expected a path and, if any, a number of frames, not {row}")
+        if not (file.parent / path).is_file():
+            raise DataError(f"{file}, line {number}: there is no file {file.parent / path}")
         entries.append(Entry(file.parent / path, int(frames) if frames else None, label or None))
     return entries
 

@@ -47,8 +47,8 @@ class DISCOVR(Method):
         """
         o = self.options
         check_task(run.data)
-        for split in dict.fromkeys((o.probe_reference, o.probe_query) if o.probes else ()):
-            check_labels(run.data, split)
+        if o.probes:
+            check_probes(run.data, o)
         stage = yield Discovr(run, o)
         if o.keep == "teacher":
             run.student.module.load_state_dict(stage.video.teacher["encoder"].state_dict())
@@ -63,7 +63,8 @@ class Discovr(TrainStage):
     """Both branches, decoder and prototypes; `forward` gives the terms of Mishra et al., section 3.
 
     The teachers see whole clips and frames before each step (`before_step`): there they move, and what they say of all
-    micro-batches becomes targets, so that centres and clusters are those of the whole batch.
+    micro-batches becomes targets, so that centres and clusters are those of the whole batch. Centres follow once the
+    step is taken (`after_step`).
     """
 
     def __init__(self, run: Run, options: DISCOVROptions) -> None:
@@ -82,6 +83,7 @@ class Discovr(TrainStage):
                                  "method.decoder_heads")  # fmt: skip
             self.decoder = MAEDecoder(encoder.width, width, o.decoder_layers, heads)
             self.prototypes = Prototypes(o.prototypes, encoder.width)
+        self.outputs: dict[str, Tensor] = {}  # what the centres follow, of the step under way
         self.find_unused_parameters = not (o.video_weight and o.image_weight)  # what stands idle has no gradient
 
     @property
@@ -107,18 +109,22 @@ class Discovr(TrainStage):
 
     @torch.no_grad()
     def before_step(self, batches: list[Batch]) -> None:
-        """Move the teachers, bring the prototypes to length 1, make the targets of every micro-batch, move the
-        centres."""
+        """Move the teachers, bring the prototypes to length 1, and make the targets of every micro-batch."""
         o = self.options
         for branch in self.branches.values():
             branch.move_teacher(o.ema_momentum)
         if o.scd_weight:
             self.prototypes.normalise()
         targets = self.teach(batches)
-        for name, branch in self.branches.items():
-            branch.move_center(torch.cat([target[f"{name}_{o.center_on}"] for target in targets]), o.center_momentum)
+        self.outputs = {name: torch.cat([target[f"{name}_{o.center_on}"] for target in targets])
+                        for name in self.branches}  # fmt: skip
         for batch, target in zip(batches, targets, strict=True):
             batch["targets"] = target
+
+    def after_step(self) -> None:
+        """Move the centres, which the targets of this step did not know yet."""
+        for name, branch in self.branches.items():
+            branch.move_center(self.outputs[name], self.options.center_momentum)
 
     @torch.no_grad()
     def teach(self, batches: list[Batch]) -> list[dict[str, Tensor]]:
@@ -227,7 +233,8 @@ def frames_of(video: Tensor) -> Tensor:
 
 def check_encoder(net: Any) -> Any:
     """The student's network, if it is a video encoder. Raises `ModelError` if not."""
-    if not all(hasattr(net, name) for name in ("embed", "encode", "frame_encoder", "width", "patch", "tubelet")):
+    parts = ("embed", "encode", "frame_encoder", "width", "heads", "patch", "tubelet")
+    if not all(hasattr(net, part) for part in parts):
         raise ModelError(f"discovr masks the tokens of a video encoder, which a {type(net).__name__} is not; take "
                          "`student: {use: discovr-vit}` or `student: {use: videomae}`")  # fmt: skip
     return net
@@ -241,8 +248,12 @@ def check_task(data: DataModule) -> None:
                         "method.probes reads)")  # fmt: skip
 
 
-def check_labels(data: DataModule, split: str) -> None:
-    """Refuse probes on clips without labels, before anything is trained. Raises `DataError`."""
-    if "label" not in data.sample(split, 1):
-        raise DataError(f"method.probes asks for labels, but the clips of the split {split!r} have none; leave it "
-                        "out, or name other splits in method.probe_reference and method.probe_query")  # fmt: skip
+def check_probes(data: DataModule, options: DISCOVROptions) -> None:
+    """Refuse probes on clips without labels, or with one only, before anything is trained. Raises `DataError`."""
+    for split in (options.probe_reference, options.probe_query):
+        if "label" not in data.sample(split, 1):
+            raise DataError(f"method.probes asks for labels, but the clips of the split {split!r} have none; leave it "
+                            "out, or name other splits in method.probe_reference and method.probe_query")  # fmt: skip
+    if len(data.labels(options.probe_reference).unique()) < 2:
+        raise DataError(f"method.probes: all clips of the split {options.probe_reference!r} have the same label, so "
+                        "nothing can be told from them; name another split in method.probe_reference")  # fmt: skip

@@ -39,7 +39,7 @@ def videomae(options: VideoMAEOptions, task: Task) -> Model:
         return as_model(VideoMAE.make(options))
     except ImportError as error:
         raise ModelError("use: videomae needs the transformers library: pip install 'kd-discovr[videomae]'") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the libraries beneath have no common class for a damaged or foreign file
         where = options.checkpoint or options.model
         raise ModelError(f"the VideoMAE model {where!r} cannot be had: {' '.join(str(error).split())}") from error
 
@@ -93,7 +93,7 @@ class VideoMAE(nn.Module):
         """The model that the options name.
 
         Raises:
-            ImportError, OSError, ValueError: if it cannot be had.
+            ImportError: if the transformers library is not installed. What else can fail depends on the files.
         """
         from safetensors.torch import load_file
         from transformers import VideoMAEConfig, VideoMAEModel

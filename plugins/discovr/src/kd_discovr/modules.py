@@ -47,15 +47,14 @@ class MAEDecoder(nn.Module):
 
     Args:
         encoder_width: of the tokens that come in and go out.
-        width, layers, heads, mlp_ratio, qkv_bias: of the decoder.
+        width, layers, heads: of the decoder.
     """
 
-    def __init__(self, encoder_width: int, width: int, layers: int, heads: int, mlp_ratio: float = 4.0,
-                 qkv_bias: bool = True) -> None:  # fmt: skip
+    def __init__(self, encoder_width: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
         self.embed = nn.Linear(encoder_width, width, bias=False)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
-        self.blocks = blocks(width, layers, heads, mlp_ratio, qkv_bias)
+        self.blocks = blocks(width, layers, heads)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.head = nn.Linear(width, encoder_width)
         self.apply(init_linear)
@@ -105,6 +104,12 @@ class Branch(nn.Module):
         self.student = nn.ModuleDict({"encoder": encoder, "head": DINOHead(encoder.width, **head)})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(1, head["outputs"]))
+
+    def train(self, mode: bool = True) -> Branch:
+        """As always, but the teacher stays in evaluation mode: what it says must not depend on dropout."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     @property
     def encoder(self) -> Any:

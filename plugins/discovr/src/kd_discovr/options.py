@@ -119,7 +119,7 @@ class ClipsOptions(Options):
     """Video files in a folder, or listed in CSV files."""
 
     path: str = Field(description="folder that holds, for each split, a `<split>.csv` or a folder `<split>`")
-    splits: tuple[str, ...] = Field((), description="splits to use; default: all that are there")
+    splits: tuple[str, ...] = Field((), description="splits to use; default: those of train, val, test that are there")
     frames: int = Field(64, ge=1, description="frames of a clip; shorter videos are repeated")
     stride: int = Field(3, ge=1, description="every which frame of a video is taken")
     size: int = Field(112, ge=1, description="height and width of the frames in pixels")

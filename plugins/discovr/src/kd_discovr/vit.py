@@ -93,7 +93,7 @@ class VideoViT(nn.Module):
         return VideoViT(**{**self.config, "tubelet": 1})
 
 
-def blocks(width: int, layers: int, heads: int, mlp_ratio: float, qkv_bias: bool) -> nn.Sequential:
+def blocks(width: int, layers: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True) -> nn.Sequential:
     """Pre-norm transformer blocks."""
     norm: Any = functools.partial(nn.LayerNorm, eps=EPS)
     return nn.Sequential(*(Block(width, heads, mlp_ratio, qkv_bias, norm_layer=norm) for _ in range(layers)))
@@ -128,8 +128,8 @@ def grid(shape: Sequence[int], tubelet: int, patch: int, channels: int) -> tuple
     if found != channels:
         raise ValueError(f"the clips have {found} channels, the encoder reads {channels}; set its `channels`")
     if frames % tubelet:
-        raise ValueError(f"clips of {frames} frames cannot be divided into tubelets of {tubelet} frames; take an "
-                         f"even multiple of the encoder's `tubelet`, such as {frames - frames % tubelet}")  # fmt: skip
+        raise ValueError(f"clips of {frames} frames cannot be divided into tubelets of {tubelet} frames; take a "
+                         f"multiple of the encoder's `tubelet`, such as {-(-frames // tubelet) * tubelet}")  # fmt: skip
     if height % patch or width % patch:
         raise ValueError(f"frames of {height}x{width} pixels cannot be divided into patches of side {patch}; resize "
                          "the frames, or set the encoder's `patch` to a divisor of both")  # fmt: skip

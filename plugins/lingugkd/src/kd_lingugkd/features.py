@@ -63,27 +63,22 @@ class Features(Stage):
         self, teacher: LanguageModel, prompts: Prompts, nodes: Sequence[int], answers: bool, options: LinguGKDOptions
     ) -> None:
         self.teacher, self.prompts, self.answers, self.options = teacher, prompts, answers, options
-        self.nodes = nodes
         self.requests = [request for node in nodes for request in prompts.requests(node)]
-
-    @property
-    def shards(self) -> int:
-        """How many shards the prompts make."""
-        return -(-len(self.requests) // self.options.shard_size)
+        self.total_steps = -(-len(self.requests) // options.shard_size)  # a step is a shard
 
     def share(self, run: Run, workspace: Path) -> None:
         """Write this process's shards. Raises `Interrupted` after a signal, once the shard under way is written."""
         self.teacher.model.to(run.device).eval()
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
         with run.signals() as signals:
-            for number in range(rank, self.shards, world):
+            for number in range(rank, self.total_steps, world):
                 if _whole(path := _shard(workspace, number)):
                     continue
                 self._write(path, number)
                 run.notify("kd_step_finished", stage=self, step=number + 1, terms={})
                 if signals:
-                    raise Interrupted(f"interrupted in stage {self.name!r} at shard {number + 1} of {self.shards}; "
-                                      "the same command goes on from here")  # fmt: skip
+                    raise Interrupted(f"interrupted in stage {self.name!r} at shard {number + 1} of "
+                                      f"{self.total_steps}; the same command goes on from here")  # fmt: skip
 
     def _write(self, path: Path, number: int) -> None:
         size = self.options.shard_size
@@ -119,7 +114,7 @@ class Features(Stage):
 
     def execute(self, run: Run, workspace: Path, artifact: Path) -> None:
         """Put the shards together."""
-        parts = [load_from_disk(str(_shard(workspace, number))) for number in range(self.shards)]
+        parts = [load_from_disk(str(_shard(workspace, number))) for number in range(self.total_steps)]
         concatenate_datasets(parts).save_to_disk(str(artifact / "data"))
         facts = {"nodes": len(self.prompts.texts), "hops": self.options.hops}
         folder.write_text(artifact / FACTS, json.dumps(facts))
@@ -135,11 +130,12 @@ def read_corpus(artifact: Path) -> Corpus:
     return Corpus(load_from_disk(str(artifact / "data")), facts["nodes"], facts["hops"])
 
 
-def find_corpus(where: str, nodes: int, hops: int) -> Corpus:
+def find_corpus(where: str, nodes: int, hops: int, answers: bool = False) -> Corpus:
     """The rows of an earlier run's features.
 
     Raises:
-        RecipeError: if there are none, they are of another graph, or have fewer hops.
+        RecipeError: if there are none, they are of another graph, have fewer hops, or no answers though `answers` are
+            wanted.
     """
     path = Path(where).expanduser()
     found = [path, *sorted(path.glob("stages/*-features/artifact"))]
@@ -150,6 +146,9 @@ def find_corpus(where: str, nodes: int, hops: int) -> Corpus:
     if corpus.nodes != nodes or corpus.hops < hops:
         raise RecipeError(f"method.features: {where!r} is of a graph of {corpus.nodes} nodes and {corpus.hops} hops; "
                           f"here are {nodes} nodes, and method.hops is {hops}")  # fmt: skip
+    if answers and set(corpus.rows["answer"]) <= {NOT_ASKED}:
+        raise RecipeError(f"method.features: in {where!r} the teacher was not asked for answers, which measure_teacher "
+                          "and feature_mode=correct read: write features anew, without method.features")  # fmt: skip
     return corpus
 
 
@@ -203,7 +202,8 @@ def _source(there: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dt
 
 
 def votes(corpus: Corpus, classes: int, hop: int | None = None) -> tuple[Tensor, Tensor]:
-    """What the teacher answers, by majority over a node's prompts (of one hop, or all), and whether it was asked.
+    """What the teacher answers for each node, and whether it was asked: of one hop, or of all, each of which has one
+    vote that its prompts share.
 
     Returns:
         Votes for each class `[N, C]`, and `[N]`, true where there is at least one prompt.
@@ -213,9 +213,11 @@ def votes(corpus: Corpus, classes: int, hop: int | None = None) -> tuple[Tensor,
     used = (answer != NOT_ASKED) if hop is None else (answer != NOT_ASKED) & (row_hop == hop)
     asked = torch.zeros(corpus.nodes, dtype=torch.bool)
     asked[node[used]] = True
-    found = torch.zeros(corpus.nodes, classes)
+    prompts, found = torch.zeros(corpus.nodes, corpus.hops + 1), torch.zeros(corpus.nodes, classes)
+    prompts.index_put_((node[used], row_hop[used]), torch.ones(()), accumulate=True)
     named = used & (answer >= 0)
-    found.index_put_((node[named], answer[named]), torch.ones(int(named.sum())), accumulate=True)
+    shares = 1 / prompts[node[named], row_hop[named]]
+    found.index_put_((node[named], answer[named]), shares, accumulate=True)
     return found, asked
 
 

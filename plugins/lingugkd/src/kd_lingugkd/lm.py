@@ -39,20 +39,26 @@ class LanguageModel:
     source: bool
 
     def encode(self, prompts: Prompts, request: Request, room: int = 0) -> list[int]:
-        """The tokens of a prompt, at most `max_length` with `room` for an answer: neighbours that do not fit are left
-        out, the last first, then words of the node's text.
+        """The tokens of a prompt, at most `limit` with `room` for an answer: neighbours that do not fit are left out,
+        the last first, then words of the node's text.
 
         Raises:
             DataError: if not even one word of the node's text fits.
         """
-        limit = prompts.options.max_length - room
+        limit = self.limit(prompts.options) - room
         neighbours, words = prompts.options.neighbours * request.hop, len(prompts.texts[request.node].split(" "))
         for drop, cut in [*((n, 0) for n in range(neighbours + 1)), *((neighbours, n) for n in _halved(words))]:
             ids = self.ids(prompts.text(request, drop, cut))
             if len(ids) <= limit:
                 return ids
-        raise DataError(f"the prompt of node {request.node} has {len(ids)} tokens with a single word of its text: "
-                        f"raise method.max_length above {prompts.options.max_length}, or shorten template")  # fmt: skip
+        raise DataError(f"the prompt of node {request.node} has {len(ids)} tokens with a single word of its text, and "
+                        f"the answer {room}: raise method.max_length above {self.limit(prompts.options)}, as far as "
+                        "the teacher reads, or shorten template")  # fmt: skip
+
+    def limit(self, options: LinguGKDOptions) -> int:
+        """How many tokens a prompt may have with its answer: `max_length`, or fewer where the model reads fewer."""
+        places: int | None = getattr(self.model.module.config, "max_position_embeddings", None)
+        return min(options.max_length, places or options.max_length)
 
     def ids(self, prompt: str) -> list[int]:
         """The tokens of a prompt, with a start token where the tokenizer sets one, without an end."""
@@ -98,7 +104,7 @@ def build_teacher(run: Run, options: LinguGKDOptions, prompts: Prompts) -> Langu
 
     Raises:
         RecipeError: if there is no teacher.
-        ModelError: if it is no causal language model, or there is no tokenizer.
+        ModelError: if it is no causal language model, or has no tokenizer that fits.
     """
     given, spec = run.given.get("teachers", {}).get("teacher"), run.recipe.teachers.get("teacher")
     if given is None and spec is None:
@@ -107,18 +113,27 @@ def build_teacher(run: Run, options: LinguGKDOptions, prompts: Prompts) -> Langu
     if spec is None:
         if options.tokenizer is None:
             raise ModelError("lingugkd needs the tokenizer of the model handed over: set `tokenizer` to its folder")
-        return LanguageModel(check_causal(given), read_tokenizer(options.tokenizer), source=False)
+        return checked(LanguageModel(check_causal(given), read_tokenizer(options.tokenizer), source=False))
     chosen = run.resolved.options["teachers.teacher"]
     source = find_source(chosen) if isinstance(chosen, TransformersOptions) else None
     tokenizer = read_tokenizer(options.tokenizer) if options.tokenizer else source.tokenizer() if source else None
     tokenizer = tokenizer or word_tokenizer(prompts)
-    size = len(tokenizer)
-    task = Task("causal-lm", num_classes=size, tokenizer=tokenizer, vocabulary=vocabulary_fingerprint(tokenizer))
+    task = Task("causal-lm", num_classes=len(tokenizer), tokenizer=tokenizer,
+                vocabulary=vocabulary_fingerprint(tokenizer))  # fmt: skip
     with seeded(derive_seed(run.seed, "teacher")):
         model = check_causal(run.manager.get("teacher", spec.use).load_target()(chosen, task))
-    if embedding_rows(model.module) < size:
+    return checked(LanguageModel(model, tokenizer, source is not None and getattr(chosen, "pretrained", True)))
+
+
+def checked(teacher: LanguageModel) -> LanguageModel:
+    """The teacher. Raises `ModelError` unless it knows its tokenizer's tokens, and an end token is among them."""
+    size = len(teacher.tokenizer)
+    if embedding_rows(teacher.model.module) < size:
         raise ModelError(f"the tokenizer has {size} tokens, the teacher knows fewer: use its own tokenizer")
-    return LanguageModel(model, tokenizer, source is not None and getattr(chosen, "pretrained", True))
+    if teacher.tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end token (eos_token), with which answers end: set method.tokenizer to "
+                         "one that has")  # fmt: skip
+    return teacher
 
 
 def embedding_rows(module: Any) -> int:

@@ -41,10 +41,14 @@ class LinguGKDLoss(Loss):
         self.task_weights = nn.Parameter(torch.ones(2)) if learned else None
 
     def setup(self, data: DataModule, split: str) -> None:
-        """Refuse data without the teacher's states."""
-        if TEACHER not in data.sample(split, 1):
-            raise ModelError(f"the loss 'lingugkd' reads {TEACHER!r} from the data, the teacher's states per hop: use "
-                             "the method 'lingugkd', which makes them")  # fmt: skip
+        """Refuse data without labels or the teacher's states. Raises `ModelError`."""
+        found = data.sample(split, 1)
+        if TEACHER not in found or "label" not in found:
+            raise ModelError(f"the loss 'lingugkd' reads `label` and {TEACHER!r} from the data, the teacher's states "
+                             "per hop: use the method 'lingugkd', which makes them")  # fmt: skip
+        if found[TEACHER].ndim != 3:
+            raise ModelError(f"{TEACHER!r} of a sample must be [hops + 1, D], a state of the teacher for each hop, but "
+                             f"is {list(found[TEACHER].shape[1:])}")  # fmt: skip
 
     def forward(self, student: Outputs, teacher: Outputs, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`ce` and `nce`, with their weights.
@@ -58,7 +62,7 @@ class LinguGKDLoss(Loss):
             self._make(theirs[0].shape[1], ours[0].shape[1], len(theirs), ours[0].device)
         rows = self._drawn(batch)
         assert self.projectors is not None
-        projected = torch.stack(self.projectors([state[rows].to(ours[0].dtype) for state in theirs]))
+        projected = torch.stack(self.projectors([state[rows].float() for state in theirs]))
         o, labels = self.options, batch["label"]
         states = torch.stack([state[rows] for state in ours])
         infonce = hopwise_infonce(states, projected, labels[rows], self.layer_weights, tau=o.tau, symmetric=o.symmetric)

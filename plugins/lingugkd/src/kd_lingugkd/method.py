@@ -6,6 +6,7 @@ Source: Hu et al. 2025, "Large Language Model Meets Graph Neural Network in Know
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from kdcore.errors import DataError, RecipeError
 from kdcore.losses import TaskLoss, Weighted
 from kdcore.metrics import Metrics, higher_is_better
 from kdcore.models import Model
+
+logger = logging.getLogger(__name__)
 
 
 class LinguGKD(Method):
@@ -51,9 +54,14 @@ class LinguGKD(Method):
         _check_selection(run, o)
         if o.distillation:
             _check_hops(run, o)
-            corpus = find_corpus(o.features, len(data.graph.y), o.hops) if o.features else (yield from self._ask(run))
-            nodes, labels = data.nodes("train"), data.graph.y
-            kept, states = assemble(corpus, nodes.tolist(), labels, o.hops, o.feature_mode)
+            if o.features:
+                corpus = find_corpus(o.features, len(data.graph.y), o.hops, o.asks_for_answers)
+            else:
+                corpus = yield from self._ask(run)
+            nodes = data.nodes("train").tolist()
+            kept, states = assemble(corpus, nodes, data.graph.y, o.hops, o.feature_mode)
+            if lost := len(nodes) - len(kept):
+                logger.warning("%d of %d training nodes lack a state of the teacher and are left out", lost, len(nodes))
             loss: Weighted = Weighted(LinguGKDLoss(o, run.seed), name="lingugkd")
             stage = Align(run, loss, o, with_states(data, kept, states))
             _report_teacher(run, data, corpus, o)
@@ -66,6 +74,8 @@ class LinguGKD(Method):
         """Tune the teacher, and compute its states."""
         o, data = self.options, run.data
         assert isinstance(data, GraphData)
+        if not (data.labels("train") != IGNORE).any():
+            raise DataError("no node of the split 'train' has a label")
         prompts = Prompts(data, o, run.seed)
         teacher = build_teacher(run, o, prompts)
         if o.tuning != "none":
@@ -74,8 +84,7 @@ class LinguGKD(Method):
         if o.measure_teacher:
             wanted |= {node for split in run.recipe.eval.on if split in data for node in data.nodes(split).tolist()}
         labelled = [node for node in sorted(wanted) if prompts.labels[node] != IGNORE]
-        answers = o.measure_teacher or o.feature_mode == "correct"
-        corpus: Corpus = yield Features(teacher, prompts, labelled, answers, o)
+        corpus: Corpus = yield Features(teacher, prompts, labelled, o.asks_for_answers, o)
         return corpus
 
 
@@ -167,23 +176,25 @@ def _check_hops(run: Run, options: LinguGKDOptions) -> None:
 
 
 def _check_selection(run: Run, options: LinguGKDOptions) -> None:
-    if options.selection == "best" and run.recipe.eval.on[0] == "test":
+    split = run.recipe.eval.on[0]
+    if options.selection == "best" and split == "test":
         raise RecipeError("method.selection=best would pick the student by its test nodes: put val first in eval.on, "
                           "or set selection to last")  # fmt: skip
+    if options.selection == "best" and split not in run.data:
+        raise RecipeError(f"method.selection=best picks the student by the split {split!r}, which the data does not "
+                          "have: put one that it has first in eval.on, or set selection to last")  # fmt: skip
 
 
 def _report_teacher(run: Run, data: GraphData, corpus: Corpus, options: LinguGKDOptions) -> None:
-    """Lines of the comparison table: the teacher's accuracy by hop, and by majority over all its prompts."""
+    """Lines of the comparison table: the teacher's accuracy by hop, and by majority over the hops."""
     if not options.measure_teacher:
         return
     for hop in (*range(options.hops + 1), None):
         found, asked = votes(corpus, data.task.class_count, hop)
-        splits = [split for split in run.recipe.eval.on if split in data]
-        if any(asked[data.nodes(split)].any() for split in splits):
-            row: dict[str, Any] = {"model": "teacher, all hops" if hop is None else f"teacher, hop {hop}"}
-            for split in splits:
-                row[f"{split}/accuracy"] = _accuracy(data, split, found, asked)
-            run.rows.append(row)
+        row = {f"{split}/accuracy": _accuracy(data, split, found, asked) for split in run.recipe.eval.on
+               if split in data and asked[data.nodes(split)].any()}  # fmt: skip
+        if row:
+            run.rows.append({"model": "teacher, all hops" if hop is None else f"teacher, hop {hop}", **row})
 
 
 def _accuracy(data: GraphData, split: str, found: Tensor, asked: Tensor) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdcore.options import Download, Options
 
@@ -96,6 +96,18 @@ class LinguGKDOptions(LossOptions):
     selection: Literal["best", "last"] = Field(
         "best", description="the student with the best first metric on val during training, or the last one"
     )
+
+    @model_validator(mode="after")
+    def _only_adapters_beside_four_bits(self) -> Self:
+        if self.quantize == "nf4" and self.tuning != "lora":
+            raise ValueError(f"quantize=nf4 is for tuning=lora: weights in 4 bits are not trained, but tuning is "
+                             f"{self.tuning}")  # fmt: skip
+        return self
+
+    @property
+    def asks_for_answers(self) -> bool:
+        """Whether the teacher's answers are read, besides its states."""
+        return self.measure_teacher or self.feature_mode == "correct"
 
     def downloads(self) -> list[Download]:
         """The tokenizer, where it is named and on the Hub."""

@@ -7,20 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_lingugkd.options import LinguGKDOptions
 from kdcore.errors import ModelError
 
 
-def quantize_nf4(module: Any, options: LinguGKDOptions) -> None:
-    """Replace every linear layer but the one that makes the logits, in place.
-
-    Raises:
-        ModelError: without bitsandbytes, or if everything is to be tuned, which four bits do not allow.
-    """
-    if options.tuning == "full":
-        raise ModelError(
-            "method.quantize: weights in 4 bits cannot be trained: set tuning to lora, or quantize to none"
-        )
+def quantize_nf4(module: Any) -> None:
+    """Replace every linear layer but the one that makes the logits, in place. Raises `ModelError` without
+    bitsandbytes."""
     try:
         import bitsandbytes as bnb
     except ImportError as error:

@@ -19,7 +19,7 @@ from kd_lingugkd.prompts import Prompts, Request
 from kd_lingugkd.quantize import quantize_nf4
 from kdcore import Run, TrainStage
 from kdcore.data import IGNORE, DataModule, Task, derive_seed
-from kdcore.errors import DataError, ModelError
+from kdcore.errors import ModelError
 from kdcore.models import Batch, Model
 
 
@@ -49,7 +49,7 @@ class PromptBatches:
         if request is None:
             prompt, answer = prompts.link(node, random.Random(derive_seed(draw, "link")))
             ids = teacher.answer_ids(answer)
-            return teacher.ids(prompt)[-(prompts.options.max_length - len(ids)) :], ids
+            return teacher.ids(prompt)[-(teacher.limit(prompts.options) - len(ids)) :], ids
         ids = teacher.answer_ids(prompts.answer(node))
         return teacher.encode(prompts, request, room=len(ids)), ids
 
@@ -119,7 +119,7 @@ def adapt(model: Model, options: LinguGKDOptions) -> Any:
     """
     module: Any = model.module
     if options.quantize == "nf4":
-        quantize_nf4(module, options)
+        quantize_nf4(module)
     if options.tuning == "full":
         return module.requires_grad_(True)
     from peft import LoraConfig, get_peft_model  # here, since it takes seconds that only adapters need
@@ -145,17 +145,15 @@ class Saver:
 
     def save(self, folder: Path) -> None:
         """Write it."""
-        whole = self.tuning == "full" or self.teacher.source
-        (self.lm if whole else copy.deepcopy(self.lm).merge_and_unload()).save_pretrained(str(folder))
+        as_it_is = self.tuning == "full" or self.teacher.source
+        (self.lm if as_it_is else copy.deepcopy(self.lm).merge_and_unload()).save_pretrained(str(folder))
         self.teacher.tokenizer.save_pretrained(str(folder))
 
 
 def prompt_data(data: DataModule, prompts: Prompts, teacher: LanguageModel) -> DataModule:
-    """The training nodes with a label, as prompts. Raises `DataError` where there are none."""
+    """The training nodes with a label, as prompts."""
     train = data["train"]
     labelled = [i for i, label in enumerate(data.labels("train").tolist()) if label != IGNORE]
-    if not labelled:
-        raise DataError("no node of the split 'train' has a label")
     tokens = max(len(teacher.tokenizer), embedding_rows(teacher.model.module))
     task = Task("causal-lm", num_classes=tokens, tokenizer=teacher.tokenizer)
     return DataModule({"train": _Rows(train, labelled)}, task, collate=PromptBatches(prompts, teacher), augment=_drawn)

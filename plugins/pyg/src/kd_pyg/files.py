@@ -132,16 +132,17 @@ def _features(options: GraphFilesOptions, nodes: pd.DataFrame, texts: list[str |
         if texts is None:
             raise DataError("data.features: nodes without texts need features: a column of lists, or a .npy file")
         try:
-            words = TfidfVectorizer(max_features=options.max_words).fit_transform([text or "" for text in texts])
+            reader = TfidfVectorizer(max_features=options.max_words, dtype=np.float32)
+            words = reader.fit_transform([text or "" for text in texts])
         except ValueError as error:
             raise DataError(f"data.text: no word of the texts can be a feature: {error}") from error
-        return torch.from_numpy(words.toarray().astype(np.float32))
+        return torch.from_numpy(words.toarray())
     try:
         if options.features.endswith(".npy"):
             found = np.load(Path(options.features).expanduser(), allow_pickle=False)
         else:
             found = np.stack([np.asarray(row, np.float32) for row in column(nodes, options.features, "features")])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"data.features: {options.features!r} cannot be read: {error}") from error
     if found.ndim != 2 or len(found) != len(nodes):
         raise DataError(f"data.features: {options.features!r} has the shape {list(found.shape)} for {len(nodes)} nodes")

@@ -5,6 +5,7 @@ So a loss sees one row per sample, as with images; metrics, processes and checkp
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ class GraphData(DataModule):
         fanout: neighbours drawn per node and hop in training, instead of all; draws depend on (seed, epoch, index).
 
     Raises:
-        DataError: if the sizes do not fit, an edge or split names a node that there is not, or a training node is also
-            in another split.
+        DataError: if the sizes do not fit, a feature is not finite, an edge, label or split names what there is not, a
+            split is empty, a training node is also in another split, there are fewer than two classes, or `fanout`
+            has not one number per hop.
     """
 
     def __init__(
@@ -70,11 +72,16 @@ class GraphData(DataModule):
         hops: int | None = 2,
         fanout: Sequence[int] = (),
     ) -> None:
+        names, count = ((), classes) if isinstance(classes, int) else (tuple(classes), len(classes))
+        nodes = {name: torch.as_tensor(ids, dtype=torch.long) for name, ids in splits.items()}
         self.graph = make_graph(x, edges, labels, undirected)
         self.texts = None if texts is None else list(texts)
-        nodes = {name: torch.as_tensor(ids, dtype=torch.long) for name, ids in splits.items()}
-        _check(self.graph, nodes, self.texts)
-        names, count = ((), classes) if isinstance(classes, int) else (tuple(classes), len(classes))
+        _check_labels(labels, names, count)
+        _check_splits(nodes, len(labels))
+        if self.texts is not None and len(self.texts) != len(labels):
+            raise DataError(f"there are {len(self.texts)} texts for {len(labels)} nodes")
+        if fanout and (len(fanout) != hops or min(fanout) < 1):
+            raise DataError(f"fanout needs one number, at least 1, for each of {hops} hops, but is {list(fanout)}")
         super().__init__(
             {name: Nodes(ids, labels) for name, ids in nodes.items()},
             GraphTask("classification", names, count, features=x.shape[1]),
@@ -145,7 +152,7 @@ class Neighbourhood:
         """The subgraph of all nodes within `hops` of `nodes` `[B]`, and where they are in it."""
         graph = self.graph
         if self.hops is None:
-            return graph, nodes
+            return copy.copy(graph), nodes  # a copy, since moving or pinning a graph changes it in place
         kept, edges, seeds, _ = k_hop_subgraph(nodes, self.hops, graph.edge_index, True, graph.num_nodes)
         return Data(x=graph.x[kept], edge_index=edges, n_id=kept, degree=graph.degree[kept], hops=self.hops), seeds
 
@@ -160,8 +167,8 @@ class Neighbourhood:
             edges += [(source + len(kept), target + len(kept)) for source, target in found_edges]
             kept += found
         ids, edge_index = torch.tensor(kept), torch.tensor(edges, dtype=torch.long).reshape(-1, 2).T.contiguous()
-        around = Data(x=self.graph.x[ids], edge_index=edge_index, n_id=ids, hops=self.hops)
-        around.degree = degree(edge_index[1], len(ids))
+        found = degree(edge_index[1], len(ids))
+        around = Data(x=self.graph.x[ids], edge_index=edge_index, n_id=ids, degree=found, hops=self.hops)
         return around, torch.tensor(seeds)
 
     def _draw(self, node: int, draw: int) -> tuple[list[int], list[tuple[int, int]]]:
@@ -186,11 +193,13 @@ def make_graph(x: Tensor, edges: Tensor, labels: Tensor, undirected: bool = True
     """The whole graph: `x`, `edge_index` without self-loops and duplicates, `y`, `n_id`, the in-degree `degree`.
 
     Raises:
-        DataError: if sizes do not fit, or an edge names a node that there is not.
+        DataError: if sizes do not fit, a feature is not finite, or an edge names a node that there is not.
     """
     if x.ndim != 2 or labels.shape != x.shape[:1]:
         raise DataError(f"features must be [N, F] and labels [N], but they are {list(x.shape)} and "
                         f"{list(labels.shape)}")  # fmt: skip
+    if len(wrong := (~x.isfinite()).any(1).nonzero()):
+        raise DataError(f"node {int(wrong[0])} has features that are not finite ({len(wrong)} such nodes): fill them")
     if edges.ndim != 2 or len(edges) != 2:
         raise DataError(f"edges must be [2, E], but have the shape {list(edges.shape)}")
     edges = edges.long()
@@ -216,13 +225,23 @@ def _with_draw(sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, "draw": random.getrandbits(62)}
 
 
-def _check(graph: Data, splits: Mapping[str, Tensor], texts: list[str | None] | None) -> None:
-    count = graph.num_nodes
-    if texts is not None and len(texts) != count:
-        raise DataError(f"there are {len(texts)} texts for {count} nodes")
+def _check_labels(labels: Tensor, names: tuple[str, ...], count: int) -> None:
+    if count < 2:
+        raise DataError(f"there {'is one class' if count else 'are no classes'}{f', {names[0]!r}' if names else ''}: "
+                        "it takes two or more; look at the column of labels (`data.label`)")  # fmt: skip
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= count))
+    if labels.is_floating_point() or wrong.any():
+        found = labels.dtype if labels.is_floating_point() else int(labels[wrong][0])
+        raise DataError(f"labels are whole numbers from 0 to {count - 1}, and {IGNORE} where unknown, not {found}")
+
+
+def _check_splits(splits: Mapping[str, Tensor], count: int) -> None:
     for name, nodes in splits.items():
-        if nodes.numel() and (nodes.min() < 0 or nodes.max() >= count):
-            raise DataError(f"the split {name!r} names the node {int(nodes.max())}, but there are {count}")
+        if not len(nodes):
+            raise DataError(f"the split {name!r} has no nodes: leave it out, label more nodes, or change the shares of "
+                            "the splits")  # fmt: skip
+        if len(wrong := nodes[(nodes < 0) | (nodes >= count)]):
+            raise DataError(f"the split {name!r} names the node {int(wrong[0])}, but the last is {count - 1}")
     train = set(splits["train"].tolist()) if "train" in splits else set()
     for name in ("val", "test"):
         if name in splits and (both := train & set(splits[name].tolist())):

@@ -52,7 +52,8 @@ def call(net: nets.GNN, batch: Batch) -> dict[str, Any]:
     """The outputs for a batch's nodes.
 
     Raises:
-        ModelError: if the batch holds no graph, or less of it than the network's layers reach.
+        ModelError: if the batch holds no graph, less of it than the network's layers reach, or in training a single row
+            for batch normalisation.
     """
     if "graph" not in batch or "seeds" not in batch:
         raise ModelError(f"a graph network reads 'graph' and 'seeds'; the batch has: {', '.join(batch)}")
@@ -60,6 +61,10 @@ def call(net: nets.GNN, batch: Batch) -> dict[str, Any]:
     if "hops" in graph and graph.hops < len(net.layers):  # a whole graph has no hops
         raise ModelError(f"the network has {len(net.layers)} message-passing layers, but a batch holds only "
                          f"{graph.hops} hops around its nodes: set data.hops={len(net.layers)}")  # fmt: skip
+    rows = len(batch["seeds"]) if net.post else graph.num_nodes
+    if net.training and net.config["batch_norm"] and rows < 2:
+        raise ModelError("batch normalisation needs two nodes or more in training, and a batch holds one: raise "
+                         "train.batch_size, or set the network's batch_norm=false")  # fmt: skip
     found: dict[str, Any] = net(graph.x, graph.edge_index, graph.degree, batch["seeds"])
     return found
 
@@ -72,7 +77,7 @@ def _load(kind: str, checkpoint: str, task: GraphTask) -> nets.GNN:
     folder = student_folder(Path(checkpoint))
     try:
         net = nets.load(folder)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a missing, foreign or damaged file: safetensors and json have no common class
         raise ModelError(f"checkpoint: {folder} holds no graph network: {type(error).__name__}: {error}") from error
     found = {"kind": kind, "features": task.features, "num_classes": task.class_count}
     for key, wanted in found.items():

@@ -60,6 +60,7 @@ class GNN(nn.Module):
         self.post = nn.ModuleList(after(nn.Linear(hidden, hidden, bias=bias)) for _ in range(post))
         self.states = nn.ModuleList(nn.Identity() for _ in range(layers + 1))
         self.head = nn.Linear(hidden, num_classes)
+        self.apply(init_linear)
 
     def forward(
         self, x: Tensor, edge_index: Tensor, degree: Tensor | None = None, seeds: Tensor | None = None
@@ -88,6 +89,14 @@ class GNN(nn.Module):
         for layer in self.post:
             embedding = layer(embedding)
         return {"logits": self.head(embedding), "embedding": embedding, "extras": {"hidden": states}}
+
+
+def init_linear(module: nn.Module) -> None:
+    """Weights of torch's linear layers as You et al. draw them (Xavier, times the gain of a ReLU), biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight, nn.init.calculate_gain("relu"))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class Layer(nn.Module):
@@ -120,7 +129,7 @@ class GCN(nn.Module):
     def forward(self, x: Tensor, edge_index: Tensor, degree: Tensor) -> Tensor:
         """`degree` does not count the self-loop that is added here."""
         edges, _ = add_self_loops(edge_index, num_nodes=len(x))
-        scale = (degree + 1).to(x.dtype).rsqrt()
+        scale = (degree + 1).rsqrt()  # float32 also under autocast: sums over many neighbours need it
         found: Tensor = self.conv(x, edges, scale[edges[0]] * scale[edges[1]])
         return found
 
