@@ -6,7 +6,7 @@ MEMBERS := kdcore cli $(sort $(wildcard plugins/*))
 WORKERS ?= 2
 STAMP := .venv/.ready
 
-.PHONY: env quickstart test lint types docs bench clean
+.PHONY: env quickstart test faults lint types docs bench clean
 
 env: $(STAMP)
 
@@ -23,6 +23,10 @@ quickstart: env
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+faults: env
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/killing.py --kills 60
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/killing.py --kills 240 --warm
 
 lint: env
 	$(BIN)/ruff check .

@@ -17,11 +17,11 @@ from kdcore.adopt import as_data_module
 from kdcore.card import run_facts
 from kdcore.components import Component
 from kdcore.data import DataModule, Task
-from kdcore.errors import DataError, Interrupted, ModelError, RunFailed, RunFolderError, UserError
+from kdcore.errors import DataError, Interrupted, KDError, ModelError, RunFailed, RunFolderError, UserError
 from kdcore.folder import RunFolder, disk_problem
 from kdcore.hookspecs import hookimpl
 from kdcore.models import FromColumns, Model, Source
-from kdcore.options import Download
+from kdcore.options import Download, Options
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Resolved, find_recipe, load, resolve
 from kdcore.runner import Result, Run
@@ -58,7 +58,7 @@ def run(
     """
     manager = plugins or PluginManager()
     source, name = find_recipe(recipe, manager)
-    resolved = resolve(load(source, overrides), manager, "the recipe" if isinstance(source, Mapping) else str(recipe))
+    resolved = resolve(load(source, overrides), manager, _source(recipe))
     return _run(resolved, manager, Path(run_dir or Path("runs") / name), resume, grace=grace)
 
 
@@ -122,6 +122,8 @@ def _run(
             return _opened(run, resolved, resume, given)
         except (KeyboardInterrupt, Interrupted) as error:
             raise run.watch.explain(error) from error
+        except KDError:
+            raise
         except Exception as error:
             if (problem := disk_problem(error)) is None:
                 raise
@@ -133,6 +135,8 @@ def _opened(run: Run, resolved: Resolved, resume: bool, given: Mapping[str, Any]
     path, status = run.path, _open_folder(run, resolved, resume)
     wrong = False
     try:
+        if status.get("recipe", mine := resolved.fingerprint) != mine:
+            raise RunFolderError(f"{path / 'run.json'} belongs to a run of another recipe; put the right one back")
         if status.get("status") == "finished":
             student = run.method.restore(_load_given(path, given), path / "student") if given else None
             return Result(path, status.get("metrics", {}), status.get("rows", []), student)
@@ -196,11 +200,22 @@ def plan(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), 
     """
     manager = plugins or PluginManager()
     source, _ = find_recipe(recipe, manager)
-    resolved = resolve(load(source, overrides), manager, str(recipe))
-    found = {key: options.downloads() for key, options in resolved.options.items() if options is not None}
+    resolved = resolve(load(source, overrides), manager, _source(recipe))
+    found = {key: _downloads(key, options) for key, options in resolved.options.items() if options is not None}
     method: Method = manager.get("method", resolved.recipe.method.use).load_target()(resolved.options["method"])
     check_roles(method, resolved.recipe, {})
     return Plan(resolved, {key: downloads for key, downloads in found.items() if downloads})
+
+
+def _source(recipe: str | Path | Mapping[str, Any]) -> str:
+    return "the recipe" if isinstance(recipe, Mapping) else str(recipe)
+
+
+def _downloads(key: str, options: Options) -> list[Download]:
+    try:
+        return options.downloads()
+    except UserError as error:
+        raise type(error)(f"{key}: {error}") from None
 
 
 def evaluate(run_dir: str | Path, split: str | None = None, overrides: Iterable[str] = (),
@@ -225,6 +240,7 @@ def load_student(run_dir: str | Path, overrides: Iterable[str] = (),
         raise RunFolderError(f"{path} is not a run folder: it has no recipe.yaml")
     where = student_folder(path, role)
     folder.verify(where)
+    folder.check_recipe_file(path)
     manager = plugins or PluginManager()
     data = load(path / "recipe.yaml", overrides)
     if data["data"]["use"] == "given:given":
@@ -242,10 +258,10 @@ def student_folder(path: Path, role: str = "student") -> Path:
     Raises:
         RunFolderError: if one is not, or the run is not finished.
     """
-    if (path / "run.json").is_file():
+    if status := folder.read_status(path):
         for where in (path / "student", path / "students" / role):
             if where.is_dir():
-                folder.verify_files(where)
+                folder.verify(where, status.get("recipe", ""))
                 return where
         raise RunFolderError(f"{path}: the run has no finished student yet; finish it with the same command")
     if path.is_dir():
@@ -270,6 +286,7 @@ def _load_given(path: Path, given: Mapping[str, Any]) -> Model:
     from safetensors.torch import load_model
 
     student: Model = given["students"]["student"]
+    folder.verify(path / "student")
     load_model(student.module, path / "student" / "model.safetensors")
     return student
 

@@ -48,8 +48,9 @@ def _options(extra: Mapping[str, object] | None) -> str:
 def run_facts(run: Run, status: Mapping[str, Any]) -> dict[str, Any]:
     """What `run.json` says of a run when it starts or resumes."""
     versions = {name: metadata.version(name) for name in ("kdcore", "torch", "accelerate")}
-    return {"status": "running", "pid": os.getpid(), "seed": run.seed, "started": status.get("started", now()),
-            "resumed": run.folder is not None and run.folder.resumed, "method": run.recipe.method.use,
+    return {"status": "running", "pid": os.getpid(), "seed": run.seed, "recipe": run.resolved.fingerprint,
+            "started": status.get("started", now()), "resumed": run.folder is not None and run.folder.resumed,
+            "method": run.recipe.method.use,
             "versions": {"python": platform.python_version(), **versions}, "git": _git(), "error": None,
             "hardware": {"device": str(run.device), "processes": run.accelerator.num_processes,
                          "threads": torch.get_num_threads(), "machine": platform.machine()}}  # fmt: skip

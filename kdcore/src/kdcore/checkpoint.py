@@ -22,7 +22,8 @@ def save(
     """Write everything Accelerate holds (modules, optimizers, scaler, random states of every process) after `step`
     steps, with `facts` and the recipe's fingerprint in the manifest; then remove all but the last `keep` checkpoints.
     Returns the new folder."""
-    final, temporary = checkpoints / f"step-{step:08d}", checkpoints / f"step-{step:08d}.tmp"
+    final = _path(checkpoints, step)
+    temporary = final.with_name(f"{final.name}.tmp")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -37,13 +38,21 @@ def save(
     return final
 
 
-def latest(checkpoints: Path, recipe: str = "") -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint that is whole, with its facts; damaged ones are named in a warning and passed over.
+def latest(checkpoints: Path, recipe: str = "", noted: int = 0) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint that is whole, with its facts; damaged ones, and a last one that is gone, are named in a
+    warning and passed over.
+
+    Args:
+        checkpoints: where they are.
+        recipe: fingerprint of the recipe they must belong to; none for any.
+        noted: the step of the last one that was written.
 
     Raises:
         RunFolderError: if there are checkpoints, and none of them can be used.
     """
     problems: list[str] = []
+    if noted and not (last := _path(checkpoints, noted)).exists():
+        logger.warning("%s, the last checkpoint that was written, is gone", last)
     for path in sorted(checkpoints.glob("step-*[0-9]"), reverse=True):
         try:
             found = path, folder.verify(path, recipe)
@@ -61,3 +70,7 @@ def latest(checkpoints: Path, recipe: str = "") -> tuple[Path, dict[str, Any]] |
 def restore(accelerator: Accelerator, path: Path) -> None:
     """Bring modules, optimizers, scaler and random states back to a checkpoint."""
     accelerator.load_state(str(path))
+
+
+def _path(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"

@@ -131,10 +131,8 @@ class _Trainer:
             parameter.grad = None
 
     def _resume(self) -> None:
-        found = checkpoint.latest(self.checkpoints, self.run.resolved.fingerprint)
-        if found is None and (lost := self.run.last_checkpoint(self.stage.name)):
-            logger.warning("stage %s begins again: its checkpoints in %s, the last of step %d, are gone",
-                           self.stage.name, self.checkpoints, lost)  # fmt: skip
+        noted = self.run.last_checkpoint(self.stage.name)
+        found = checkpoint.latest(self.checkpoints, self.run.resolved.fingerprint, noted)
         if found:
             path, facts = found
             checkpoint.restore(self.accelerator, path)

@@ -65,6 +65,12 @@ class Terminated(Interrupted):
     exit_code = 75
 
 
+def shown(value: object, longest: int = 200) -> str:
+    """A value as part of a message: as text, cut where it is too long to be read."""
+    text = str(value)
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text)} characters)"
+
+
 def did_you_mean(name: str, valid: Iterable[str], label: str = "valid names") -> str:
     """A sentence that offers the valid names nearest to `name`, or lists them all when none is near."""
     names = sorted(set(valid))

@@ -63,7 +63,7 @@ def commit(temporary: Path, final: Path, facts: Mapping[str, Any] | None = None,
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     manifest = {"format": FORMAT, "recipe": recipe, "facts": dict(facts or {}),
                 "files": {str(p.relative_to(temporary)): _digest(p) for p in files}}  # fmt: skip
-    write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    write_text(temporary / MANIFEST, json.dumps(_sealed(manifest), indent=1))
     for path in [*files, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         _flush(path)
     if final.exists():
@@ -106,12 +106,22 @@ def verify_files(folder: Path) -> None:
 def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str], str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        found = dict(manifest["facts"]), {str(k): str(v) for k, v in manifest["files"].items()}, str(manifest["recipe"])
-        form = int(manifest["format"])
+        _check_format(folder, int(manifest["format"]))
+        _check_seal(manifest)
+        return dict(manifest["facts"]), dict(manifest["files"]), str(manifest["recipe"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunFolderError(f"{folder} is damaged: {MANIFEST} is missing or unreadable") from None
-    _check_format(folder, form)
-    return found
+
+
+def _sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with a digest over them, as the last entry."""
+    return {**facts, "digest": hashlib.sha256(json.dumps(facts).encode()).hexdigest()}
+
+
+def _check_seal(facts: dict[str, Any]) -> None:
+    """Take the digest out again. Raises `ValueError` if it is not that of the facts."""
+    if facts.pop("digest", None) != _sealed(facts)["digest"]:
+        raise ValueError("it does not match its digest")
 
 
 def _check_format(path: Path, form: int) -> None:
@@ -139,6 +149,29 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_status(path: Path, way_out: str = "") -> dict[str, Any]:
+    """`run.json` of a run folder, or nothing where there is none yet.
+
+    Raises:
+        RunFolderError: if it is damaged, or was written by a later version.
+    """
+    try:
+        status = dict(json.loads((path / "run.json").read_text()))
+        _check_format(path, int(status.get("format", FORMAT)))
+        _check_seal(status)
+        return status
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise RunFolderError(f"{path / 'run.json'} is damaged ({error}){way_out}") from None
+
+
+def check_recipe_file(path: Path) -> None:
+    """Raises `RunFolderError` if the recipe of a run folder is not the one that the run left there."""
+    if _digest(path / "recipe.yaml") != read_status(path).get("recipe_file"):
+        raise RunFolderError(f"{path / 'recipe.yaml'} is damaged, or was changed after the run: put it back")
 
 
 class RunFolder:
@@ -194,7 +227,8 @@ class RunFolder:
                                      "choose another --run-dir")  # fmt: skip
             write_text(self.path / "recipe.yaml", text)
             return False
-        _check_format(self.path, int(status.get("format", FORMAT)))
+        if (lost := status.get("rows", 0) - self._rows()) > 0:
+            logger.warning("%s is damaged: %d of its rows are gone", self.path / "metrics.jsonl", lost)
         differences = _differences(self._old_recipe(), yaml.safe_load(text))
         if changed := ", ".join(f"{key}: {what}" for key, what in differences.items() if not self._passes(key)):
             raise RunFolderError(f"{self.path} holds a run of another recipe (different: {changed}); "
@@ -203,6 +237,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} holds a finished run: --resume shows its result again, "
                                  f"--run-dir {self.next_free()} starts a new one")  # fmt: skip
         write_text(self.path / "recipe.yaml", text)
+        self.update()  # of the digest of the recipe
         return True
 
     def _old_recipe(self) -> dict[str, Any]:
@@ -225,17 +260,17 @@ class RunFolder:
 
     def read(self) -> dict[str, Any]:
         """`run.json`, or nothing where there is none yet."""
-        try:
-            return dict(json.loads((self.path / "run.json").read_text()))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError) as error:
-            raise RunFolderError(f"{self.path / 'run.json'} is damaged ({error}); put it back, or choose a new folder, "
-                                 f"such as {self.next_free()}") from None  # fmt: skip
+        return read_status(self.path, f"; put it back, or choose a new folder, such as {self.next_free()}")
 
     def update(self, **facts: Any) -> None:
         """Change entries of `run.json`."""
-        write_text(self.path / "run.json", json.dumps({"format": FORMAT, **self.read(), **facts}, indent=1))
+        now = {"format": FORMAT, **self.read(), **facts, "rows": self._rows(),
+               "recipe_file": _digest(self.path / "recipe.yaml")}  # fmt: skip
+        write_text(self.path / "run.json", json.dumps(_sealed(now), indent=1))
+
+    def _rows(self) -> int:
+        journal = self.path / "metrics.jsonl"
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row to `metrics.jsonl`."""
@@ -248,7 +283,7 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        lines = path.read_bytes().decode(errors="replace").split("\n")
+        lines = path.read_bytes().split(b"\n")
         rows = [_row(line) for line in lines[:-1]]
         if damaged := [number for number, row in enumerate(rows, 1) if not row]:
             logger.warning("%s is damaged: line %s cannot be read and is left out", path, ", ".join(map(str, damaged)))
@@ -268,7 +303,7 @@ def _unwritable(path: Path, error: OSError) -> RunFolderError:
     return RunFolderError(f"{path}: the run folder cannot be written: {error.strerror}")
 
 
-def _row(line: str) -> dict[str, Any]:
+def _row(line: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
     except (ValueError, TypeError):
@@ -282,6 +317,8 @@ def _check_storage(path: Path) -> None:
     try:
         write_text(probe, "again")
     except OSError as error:
+        if error.errno in _DISK - {errno.EACCES, errno.EPERM}:
+            raise
         raise RunFolderError(
             f"{path}: the file system cannot put a file in another's place ({error.strerror}), which "
             "checkpoints need; choose a --run-dir on a local disk, or on NFS or Lustre"

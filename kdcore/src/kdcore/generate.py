@@ -85,7 +85,11 @@ class GenerateStage(Stage):
             for number in range(rank, self.total_steps, world):
                 if _whole(run, _shard(workspace, number)):
                     continue
+                if world == 1 and number < run.last_checkpoint(self.name) and not _shard(workspace, number).exists():
+                    logger.warning("%s is gone; its prompts are asked again", _shard(workspace, number))
                 self._write(run, _shard(workspace, number), number)
+                if world == 1:
+                    run.note_checkpoint(self.name, number + 1)
                 run.notify("kd_step_finished", stage=self, step=number + 1, terms={})
                 if signals:
                     raise Interrupted(f"interrupted in stage {self.name!r} at prompt {(number + 1) * self.shard_size} "

@@ -19,7 +19,7 @@ import pluggy
 
 from kdcore import hookspecs
 from kdcore.components import Component, Kind
-from kdcore.errors import ComponentError, PluginError, did_you_mean
+from kdcore.errors import ComponentError, PluginError, did_you_mean, shown
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,8 @@ class PluginManager:
         names = {c.name for _, c in self.components(kind)}
         broken = [f"{i.name} ({i.distribution}): {i.error}" for i in self.plugins() if i.error]
         hint = f"\nplugins that failed to load and may have provided it: {'; '.join(broken)}" if broken else ""
-        raise ComponentError(f"unknown {kind} {name!r}; {did_you_mean(short, names, f'known: {kind}s')}{hint}")
+        near = did_you_mean(short, names, f"known: {kind}s")
+        raise ComponentError(f"unknown {kind} {shown(repr(name))}; {near}{hint}")
 
     # -- events ------------------------------------------------------------------------------------------------
 

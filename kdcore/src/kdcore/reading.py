@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcore.errors import RecipeError
+from kdcore.errors import RecipeError, shown
 
-MAX_DEPTH, MAX_NODES, MAX_BYTES = 40, 20_000, 1_000_000
+MAX_DEPTH, MAX_NODES, MAX_BYTES, MAX_BITS = 40, 20_000, 1_000_000, 10_000
 """Limits of a recipe, its references written out: far beyond what anybody writes."""
 
 ALLOW_ENV = "KD_ALLOW_ENV"
@@ -59,7 +59,7 @@ def _loaded(source: str | Path | Mapping[str, Any], overrides: Iterable[str], na
     from omegaconf import DictConfig, OmegaConf
 
     if isinstance(source, Mapping):
-        _check_depth(source, name)
+        _check_size(source, name)
     config: Any = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else _parsed(Path(source))
     if not isinstance(config, DictConfig):
         what = "list" if type(config).__name__ == "ListConfig" else type(config).__name__
@@ -79,7 +79,7 @@ def _loaded(source: str | Path | Mapping[str, Any], overrides: Iterable[str], na
                 merge=True,
             )
         found = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    _check_depth(found, name)
+    _check_size(found, name)
     return found
 
 
@@ -133,12 +133,19 @@ def _measure(node: Any, source: str, above: list[int], sizes: dict[int, int]) ->
     return size
 
 
-def _check_depth(value: Any, source: str, path: tuple[Any, ...] = ()) -> None:
+def _check_size(value: Any, source: str, path: tuple[Any, ...] = (), size: int = 0) -> int:
+    """Refuse what is too deep, too large or no text; the number of nodes so far, references written out."""
+    where = f"{source}: {'.'.join(map(shown, path[:4]))}{'…' if path[4:] else ''}"
     if len(path) > MAX_DEPTH:
-        raise RecipeError(f"{source}: {'.'.join(map(str, path[:4]))}…: nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, Mapping | list):
+        raise RecipeError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if (size := size + 1) > MAX_NODES:
+        raise RecipeError(f"{where}: more than {MAX_NODES} entries, references written out")
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise RecipeError(f"{where}: a number of more than {MAX_BITS} bits")
+    if isinstance(value, Mapping | list | tuple):
         for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
-            _check_depth(part, source, (*path, key))
+            size = _check_size(part, source, (*path, key), size)
+    return size
 
 
 @contextlib.contextmanager

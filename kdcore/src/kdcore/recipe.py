@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kdcore.components import Kind
-from kdcore.errors import ComponentError, RecipeError, did_you_mean
+from kdcore.errors import ComponentError, RecipeError, did_you_mean, shown
 from kdcore.options import Options
 from kdcore.plugins import PluginManager
 from kdcore.reading import load as load
@@ -29,6 +29,10 @@ OPTIMIZERS: dict[str, set[str]] = {
     "rmsprop": {"weight_decay", "momentum", "eps"},
     "adagrad": {"weight_decay", "eps"},
 }
+
+
+MOST_PROBLEMS = 20
+"""That a message lists."""
 
 
 def _shorthand(value: Any) -> Any:
@@ -324,15 +328,16 @@ def explain(error: ValidationError, model: type[BaseModel], key: str = "") -> li
     """A pydantic error as lines of `key.path: what is wrong`, with the nearest valid key where one is unknown."""
     lines = []
     for item in error.errors():
-        path = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
-        where = ".".join(filter(None, [key, *map(str, path)]))
+        *above, last = item["loc"] or ("",)
+        path = [part for part in above if not (isinstance(part, str) and "[" in part)] + [last]
+        where = ".".join(filter(None, [key, *map(shown, path)]))
         if item["type"] == "extra_forbidden":
             valid = _keys_at(model, path[:-1])
             lines.append(f"{where}: unknown key; {did_you_mean(str(path[-1]), valid, 'valid keys')}")
         elif item["type"] == "missing":
             lines.append(f"{where}: required, but not given")
         else:
-            value = "" if isinstance(item["input"], Mapping | list) else f" (got {item['input']!r})"
+            value = "" if isinstance(item["input"], Mapping | list) else f" (got {shown(repr(item['input']))})"
             lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{value}".removeprefix(": "))
     return lines
 
@@ -355,4 +360,5 @@ def _types_in(annotation: Any) -> list[type]:
 
 
 def _report(source: str, problems: list[str]) -> str:
-    return f"{source} is not valid:\n" + "\n".join(f"  {line}" for line in problems)
+    more = [f"… and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+    return f"{source} is not valid:\n" + "\n".join(f"  {line}" for line in problems[:MOST_PROBLEMS] + more)

@@ -80,9 +80,8 @@ class Run:
         self.extra_metrics: dict[str, tuple[float, bool]] = {}
         self.timings: dict[str, dict[str, float]] = {}
         self.models: dict[str, Source] = {}
-        self.data: DataModule = self.given.get("data") or self._target("data", self.recipe.data.use)(
-            self.resolved.options["data"]
-        )
+        make = self._target("data", self.recipe.data.use)
+        self.data: DataModule = self.given.get("data") or make(self.resolved.options["data"])
         self.method: Method = self._target("method", self.recipe.method.use)(self.resolved.options["method"])
         check_roles(self.method, self.recipe, self.given)
         self._check_splits()
@@ -212,12 +211,12 @@ class Run:
             )
 
     def note_checkpoint(self, stage: str, step: int) -> None:
-        """Write down in `run.json` that a stage has a checkpoint, so that one that is missing later is missed."""
+        """Write down in `run.json` how far the saved work of a stage goes, so that what is missing later is missed."""
         if self.folder:
             self.folder.update(checkpoints={**self.folder.read().get("checkpoints", {}), stage: step})
 
     def last_checkpoint(self, stage: str) -> int:
-        """The step of the last checkpoint written down; 0 if there is none."""
+        """What `note_checkpoint` wrote down last; 0 if nothing."""
         return int(self.folder.read().get("checkpoints", {}).get(stage, 0)) if self.folder else 0
 
     def stage_folders(self) -> list[Path]:
@@ -279,6 +278,8 @@ class Run:
         where = self.path / "stages" / f"{self._index:02d}-{stage.name}"
         artifact = where / "artifact"
         if not artifact.exists():
+            if self.folder and stage.name in self.folder.read().get("artifacts", []):
+                logger.warning("stage %s is run again: its artifact %s is gone", stage.name, artifact)
             self.notify("kd_stage_started", stage=stage)
             if self.accelerator.is_main_process:
                 where.mkdir(parents=True, exist_ok=True)
@@ -288,6 +289,8 @@ class Run:
         if self.accelerator.is_main_process:  # here, since a kill may come between artifact and tidying up
             folder.remove(where / "checkpoints")
         facts = self.verify(artifact)
+        if self.folder and stage.name not in (done := self.folder.read().get("artifacts", [])):
+            self.folder.update(artifacts=[*done, stage.name])
         if isinstance(stage, TrainStage):
             return self._load_trained(stage, artifact, facts)
         return stage.load(self, artifact)
@@ -357,9 +360,8 @@ class Run:
         final._predict = self.method.predict
         if not self.metric_names:
             return {}
-        return {
-            k: v for split in self.recipe.eval.on if split in self.data for k, v in self.evaluate(final, split).items()
-        }
+        splits = [split for split in self.recipe.eval.on if split in self.data]
+        return {k: v for split in splits for k, v in self.evaluate(final, split).items()}
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -378,9 +380,8 @@ class Run:
         if role not in specs:
             raise ModelError(f"the method needs a model with the role {role!r}; the recipe names: "
                              f"{', '.join([*self.recipe.teachers, *self.recipe.students]) or 'none'}")  # fmt: skip
-        options = self.resolved.options[f"{kind}s.{role}"]
-        if changes:
-            options = with_changes(options, changes, f"{kind}s.{role}")
+        plain = self.resolved.options[f"{kind}s.{role}"]
+        options = with_changes(plain, changes, f"{kind}s.{role}") if changes else plain
         model: Source = self._target(kind, specs[role].use)(options, task)
         check_pair(model.labels, task.labels, (f"{kind}s.{role}", "the data"))
         return model

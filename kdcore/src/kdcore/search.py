@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -21,6 +22,8 @@ from kdcore.stages import Stage
 
 if TYPE_CHECKING:
     from kdcore.runner import Run
+
+logger = logging.getLogger(__name__)
 
 ARCHIVE = "archive.jsonl"
 
@@ -66,6 +69,8 @@ class SearchStage(Stage):
         path, key = workspace / ARCHIVE, run.resolved.fingerprint
         archive = read_archive(path, key)
         write_text(path, "".join(_line(trial, key) for trial in archive))  # without a last line that was cut off
+        if (lost := run.last_checkpoint(self.name) - len(archive)) > 0:
+            logger.warning("%s is damaged: its last %d trials are gone, and are made again", path, lost)
         run.forget_rows_after(self.name, len(archive))
         with run.signals() as signals, open(path, "a", encoding="utf-8") as file:
             while (candidate := self.propose(archive, self._generator(run, len(archive)))) is not None:
@@ -77,6 +82,7 @@ class SearchStage(Stage):
                 file.write(_line(trial, key))
                 file.flush()
                 os.fsync(file.fileno())
+                run.note_checkpoint(self.name, len(archive))
                 terms = {name: torch.tensor(value) for name, value in trial.scores.items()}
                 run.notify("kd_step_finished", stage=self, step=len(archive), terms=terms)
                 if signals:
@@ -110,7 +116,7 @@ def read_archive(path: Path, recipe: str = "") -> list[Trial]:
         try:
             row = json.loads(line)
             trial = Trial(row["candidate"], row["scores"])
-            whole = row["digest"] == _digest(trial, recipe or row["recipe"])
+            whole = f"{line}\n" == _line(trial, recipe or row["recipe"])
         except (ValueError, TypeError, KeyError):
             whole = False
         if not whole:
