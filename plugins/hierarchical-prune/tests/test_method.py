@@ -198,7 +198,8 @@ def test_killed_in_the_middle_of_the_analysis_it_goes_on_with_the_next_block(don
         ({"target_ratio": 0.2, "eligible_blocks": "9-12"}, "let more blocks be pruned"),
         ({"target_ratio": 1.0}, "1 keeps every parameter"),
         ({"target_ratio": 0.0}, "greater than 0"),
-        ({"metric": "nowhere:score"}, "method.metric: 'nowhere:score' cannot be loaded"),
+        ({"metric": "nowhere:score"}, "method.metric: 'nowhere:score' belongs to no installed plugin"),
+        ({"metric": "kd_diffusers.nowhere:score"}, "method.metric: 'kd_diffusers.nowhere:score' cannot be loaded"),
         ({"train_blocks": "40"}, "method.train_blocks: there is no block 40"),
         ({"kd_streams": ["img", "img"]}, "named twice"),
     ],
@@ -244,8 +245,8 @@ def score(run: Any, model: Denoiser) -> float:
 def test_a_metric_of_ones_own_decides(tmp_path, monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "my_metric", sys.modules[__name__])
-    method = {"metric": "my_metric:score", "position_weight": False, "l_out": 0.0, "l_feat": 0.0}
+    monkeypatch.setitem(sys.modules, "kd_diffusers.my_metric", sys.modules[__name__])
+    method = {"metric": "kd_diffusers.my_metric:score", "position_weight": False, "l_out": 0.0, "l_feat": 0.0}
     run = api.run(short(**method), run_dir=tmp_path / "run", plugins=manager())
     teacher = json.loads(next(run.path.glob("stages/*-cut/artifact/ranking.json")).read_text())
     chosen = sorted(block for block, _ in cut_of(run.path)["cut"])

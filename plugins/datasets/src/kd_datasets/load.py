@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def _load_local(options: DatasetsOptions) -> dict[str, Any]:
         raise DataError(f"data {options.path!r}: there is no such file or folder")
     try:
         if any((path / name).is_file() for name in SAVED):
+            _check_names(path)
             return _streamed(datasets.load_from_disk(str(path)), options.streaming)
         arguments = _folder_arguments(path) if path.is_dir() else _file_arguments(path)
         return _as_splits(datasets.load_dataset(**arguments, streaming=options.streaming))
@@ -68,6 +70,20 @@ def _load_local(options: DatasetsOptions) -> dict[str, Any]:
     except Exception as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise DataError(f"data {options.path!r} cannot be read: {cause}") from error
+
+
+def _check_names(path: Path) -> None:
+    """Refuse a saved data set whose own files name others outside of its folder."""
+    split_list, state = (path / name for name in SAVED)
+    if split_list.is_file():
+        names = json.loads(split_list.read_text(encoding="utf-8"))["splits"]
+    else:
+        names = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"data {str(path)!r} names {name!r}, which is outside of its folder")
+        if split_list.is_file():
+            _check_names(path / name)
 
 
 def _file_arguments(path: Path) -> dict[str, Any]:

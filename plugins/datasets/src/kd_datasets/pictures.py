@@ -22,6 +22,8 @@ Sample = dict[str, Any]
 
 FILL = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORE}
 IMAGE_ONLY = ("randaugment", "trivial-augment")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+"""Formats that are read. Pillow knows more, some of which (EPS) start other programs."""
 CROP_PADDING = 8  # a random crop pads the image by this part of its side, as is usual on CIFAR: 4 of 32 pixels
 
 
@@ -35,9 +37,9 @@ def open_picture(value: Any, folder: Path) -> Image.Image:
     if data is None and not isinstance(name, str):
         raise DataError(f"a picture, or the path of one, is expected; found {type(value).__name__}")
     try:
-        picture = Image.open(io.BytesIO(data) if data is not None else folder / name)
+        picture = Image.open(io.BytesIO(data) if data is not None else folder / name, formats=FORMATS)
         picture.load()
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"the picture {name or 'in the data'} cannot be read: {error}") from error
     return ImageOps.exif_transpose(picture)
 

@@ -25,7 +25,7 @@ def load_tokenizer(name: str) -> Any:
     except ImportError as error:
         raise DataError(f"tokenizer: {name!r} needs transformers: pip install 'kd-datasets[text]'") from error
     try:
-        return AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
+        return AutoTokenizer.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False)
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
         raise DataError(

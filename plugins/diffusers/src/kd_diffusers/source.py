@@ -92,6 +92,8 @@ def denoiser_name(index: dict[str, Any], options: DiffusersOptions) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing where there is none."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    """A JSON file; nothing where there is none. Raises `ModelError` if it cannot be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error

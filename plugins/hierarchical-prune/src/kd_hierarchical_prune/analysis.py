@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from kd_hierarchical_prune.options import HierarchicalPruneOptions
 from kdcore import Run, Stage
 from kdcore.data import to_device
 from kdcore.errors import RecipeError, did_you_mean
+from kdcore.hookspecs import ENTRY_POINT_GROUP
 from kdcore.models import Batch
 from kdcore.search import SearchStage, Trial
 
@@ -107,8 +109,16 @@ def replacement(options: HierarchicalPruneOptions) -> Replacement:
 
 
 def load_metric(name: str) -> Metric:
-    """A function by `module:name`. Raises `RecipeError` where there is none."""
+    """A function by `module:name`. The module must belong to an installed plugin: a recipe imports nothing else.
+
+    Raises:
+        RecipeError: if there is no such function, or it belongs to no plugin.
+    """
     module, colon, attribute = name.partition(":")
+    packages = {entry.module.partition(".")[0] for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    if module.partition(".")[0] not in packages:
+        raise RecipeError(f"method.metric: {name!r} belongs to no installed plugin; put the function into one "
+                          "and name it module:name")  # fmt: skip
     try:
         found: Any = getattr(importlib.import_module(module), attribute) if colon else None
     except (ImportError, AttributeError) as error:

@@ -44,12 +44,13 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
 
 def load_weights(module: nn.Module, files: Sequence[Path], quantization: dict[str, Any] | None) -> None:
     """Read the weights of a network, quantised ones into 4-bit layers. Raises `ModelError` if they do not fit."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     state: dict[str, Tensor] = {}
-    for file in files:
-        state |= load_file(file)
     try:
+        for file in files:
+            state |= load_file(file)
         if quantization is not None:
             compute = getattr(torch, quantization["bnb_4bit_compute_dtype"])
             for path, linear in linears(module).items():
@@ -58,7 +59,7 @@ def load_weights(module: nn.Module, files: Sequence[Path], quantization: dict[st
                 module.register_to_config(quantization_config=_settings(compute))
             module.requires_grad_(False)
         missing, unexpected = module.load_state_dict(state, strict=quantization is None)
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"{files[0]} does not hold the weights of this network: {error}") from error
     left = [name for name in missing if name.rpartition(".")[0] not in _four_bit(module)]
     if left or unexpected:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kd_diffusers.build import load_denoiser, stages_of
 from kd_diffusers.denoiser import Denoiser
+from kd_diffusers.source import explained, read_json
 from kd_hierarchical_prune import nf4
 from kd_hierarchical_prune.blocks import Block, Replacement, find_blocks, joined, keep_blocks
 from kd_hierarchical_prune.functional import Part
@@ -223,16 +224,17 @@ def load(folder: Path) -> Denoiser:
     if not pruned.is_file() and not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no student that diffusers knows; build the network in Python and load "
                          "model.safetensors into it")  # fmt: skip
-    facts = json.loads(pruned.read_text()) if pruned.is_file() else {"removed": [], "how": {}}
-    config = facts.get("config") or json.loads((folder / "config.json").read_text())
+    facts = {"removed": [], "how": {}, **read_json(pruned)}
+    config = facts.get("config") or read_json(folder / "config.json")
     if not facts["removed"] and "quantization_config" not in config:
         return load_denoiser(folder)
     quantization = config.pop("quantization_config", None)
-    module = getattr(diffusers, config["_class_name"]).from_config(config)
-    how = Replacement(**facts["how"])
-    blocks = {block.path: block for block in find_blocks(module)}
-    for path, component in facts["removed"]:
-        how.put(module, blocks[path], component)
+    with explained(f"the student in {folder}", ""):
+        module = getattr(diffusers, config["_class_name"]).from_config(config)
+        how = Replacement(**facts["how"])
+        blocks = {block.path: block for block in find_blocks(module)}
+        for path, component in facts["removed"]:
+            how.put(module, blocks[path], component)
     files = [folder / WEIGHTS] if facts["removed"] else sorted(folder.glob("*.safetensors"))
     nf4.load_weights(module, files, quantization)
     return with_module(load_denoiser(folder, module), module, facts["removed"], how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,12 @@ def _joined(folder: Path, names: Sequence[str], key: str) -> NDArray[Any]:
     arrays = []
     for name in names:
         try:
-            arrays.append(np.load(folder / name, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
+            found = np.load(folder / name, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"data.{key}: {folder / name} cannot be read as a .npy file: {error}") from None
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
+            raise DataError(f"data.{key}: {folder / name} holds no array of numbers, as a .npy file has")
+        arrays.append(found)
     try:
         return np.concatenate(arrays)
     except ValueError as error:

@@ -115,7 +115,8 @@ def from_folder(path: Path, options: TimmOptions, task: Task) -> Any:
     """
     if not (path / "config.json").is_file():
         raise ModelError(f"checkpoint {path}: no config.json in it, so it is no folder of a saved timm model")
-    config = json.loads((path / "config.json").read_text())
+    with explained(path):
+        config = dict(json.loads((path / "config.json").read_text()))
     source, name = parse_model_name(options.model)
     asked, found = split_model_name_tag(name)[0], config.get("architecture")
     if source is None and found != asked:
@@ -137,10 +138,9 @@ def from_file(path: Path, options: TimmOptions, task: Task) -> Any:
     network = create(options.model, factory_arguments(options, task, options.model))
     with explained(path):
         state = load_state_dict(str(path), weights_only=True)
-    for name in classifiers(network):
-        if (weight := state.get(f"{name}.weight")) is not None:
-            check_classes(path, weight.shape[0], task)
-    with explained(path):
+        for name in classifiers(network):
+            if (weight := state.get(f"{name}.weight")) is not None:
+                check_classes(path, weight.shape[0], task)
         network.load_state_dict(state)
     return network
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from kd_transformers.heads import Head, is_decoder_only
-from kd_transformers.options import TransformersOptions
+from kd_transformers.options import CheckpointOptions, TransformersOptions
 from kd_transformers.source import Source, explained
 from kdcore.data import Task
 from kdcore.errors import ModelError, did_you_mean
@@ -39,6 +39,7 @@ def load_config(options: TransformersOptions, source: Source | None, task: Task)
             raise ModelError(f"checkpoint: holds a model of type {config.model_type!r}, the config asks for {kind!r}")
         _check_keys(config, changes)
         config = _load(source, kind, changes) if changes else config
+        check_kernel(config, options)
     if source is None:
         _take_shapes(config, task, changes)
     return config
@@ -48,6 +49,15 @@ def _load(source: Source | None, kind: str | None, changes: Mapping[str, Any]) -
     if source is None:
         return AutoConfig.for_model(kind, **changes)
     return AutoConfig.from_pretrained(source.where, **source.arguments, **changes)
+
+
+def check_kernel(config: Any, options: CheckpointOptions) -> None:
+    """Refuse an attention kernel that is fetched from the Hub: it is code too, whoever asks for it, options or config.
+    Raises `ModelError`."""
+    kernel = options.attn_implementation or getattr(config, "_attn_implementation", None)
+    if not options.trust_remote_code and "/" in str(kernel or ""):
+        raise ModelError(f"the attention kernel {kernel!r} is code of the Hub: set `attn_implementation: sdpa`, "
+                         "or `trust_remote_code: true` if you trust it")  # fmt: skip
 
 
 def _check_keys(config: Any, changes: Mapping[str, Any]) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from kd_transformers.options import CheckpointOptions
 from kdcore.api import student_folder
 from kdcore.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,12 @@ class Source:
 
     def image_settings(self) -> dict[str, Any] | None:
         """The settings of the image processor that lies with the model, or `None`."""
-        if path := self.file("preprocessor_config.json"):
-            settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return settings
-        path = self.file("processor_config.json")
-        nested = json.loads(path.read_text(encoding="utf-8")).get("image_processor") if path else None
-        return dict(nested) if nested else None
+        with explained(f"the image settings of {self.where!r}"):
+            if path := self.file("preprocessor_config.json"):
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            path = self.file("processor_config.json")
+            nested = json.loads(path.read_text(encoding="utf-8")).get("image_processor") if path else None
+            return dict(nested) if nested else None
 
 
 def find_source(options: CheckpointOptions) -> Source | None:
@@ -67,12 +70,25 @@ def find_source(options: CheckpointOptions) -> Source | None:
         ModelError: if `checkpoint` is no folder.
     """
     if options.checkpoint is None:
-        return Source(options.model, options.revision, options.trust_remote_code) if options.model else None
+        return _source(options.model, options.revision, options) if options.model else None
     folder = student_folder(Path(options.checkpoint))
     if not folder.is_dir():
         raise ModelError(f"checkpoint: there is no folder {options.checkpoint!r}; give a run folder, or a folder with "
                          "config.json and model.safetensors")  # fmt: skip
-    return Source(str(folder), None, options.trust_remote_code)
+    return _source(str(folder), None, options)
+
+
+def _source(where: str, revision: str | None, options: CheckpointOptions) -> Source:
+    if options.trust_remote_code:
+        _warn(where)
+    return Source(where, revision, options.trust_remote_code)
+
+
+@functools.cache
+def _warn(where: str) -> None:
+    """Once for each model."""
+    logger.warning("%s: trust_remote_code is set, so Python code that comes with this model runs with your rights",
+                   where)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -80,12 +96,14 @@ def explained(what: str) -> Iterator[None]:
     """Inside, what transformers cannot load or build becomes a `ModelError` with the way out."""
     try:
         yield
+    except ModelError:
+        raise
     except OSError as error:
         raise ModelError(
             f"{what} cannot be loaded: {_first_lines(error)}\nCheck the name, the connection and, for a gated model, "
             "`hf auth login`; or give a local folder as `model:` or `checkpoint:`. Only safetensors weights are read"
         ) from error
-    except (StrictDataclassError, ValueError, TypeError, RuntimeError, AssertionError, ImportError, KeyError) as error:
+    except Exception as error:  # safetensors, tokenizers and torch have no common class for what they cannot read
         raise ModelError(f"{what} cannot be built: {_first_lines(error)}") from error
 
 

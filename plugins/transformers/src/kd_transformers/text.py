@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from kd_transformers.build import load_weights
+from kd_transformers.configs import check_kernel
 from kd_transformers.heads import HEADS, is_decoder_only
 from kd_transformers.options import TextOptions
 from kd_transformers.source import explained, find_source
@@ -55,6 +56,7 @@ class TransformersText(TextTeacher):
             raise ModelError("transformers-text needs a `model` or a `checkpoint`")
         with explained(f"the config of {source.where!r}"):
             self.config = AutoConfig.from_pretrained(source.where, **source.arguments)
+            check_kernel(self.config, options)
         self.decoder_only = not getattr(self.config, "is_encoder_decoder", False)
         head = HEADS["causal-lm" if self.decoder_only else "seq2seq"]
         two_way = (

@@ -43,13 +43,17 @@ class SimKD(Method):
         """The student of a finished run, with projector and classifier on top.
 
         Raises:
-            ModelError: if the file of the two is missing.
+            ModelError: if the file of the two is missing or damaged.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if not (folder / BORROWED).is_file():
             raise ModelError(f"{folder}: no {BORROWED} beside the student, so it was not made by simkd")
-        state = load_file(folder / BORROWED)
+        try:
+            state = load_file(folder / BORROWED)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{folder / BORROWED} cannot be read: {error}") from error
         parts = {name: {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
                  for name in ("projector", "head")}  # fmt: skip
         weight = parts["head"]["weight"]
