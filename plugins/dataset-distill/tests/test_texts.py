@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from dataset_distill_toy import Interrupt, recipe
 from safetensors.torch import load_file
+from transformers import get_cosine_schedule_with_warmup
 
 import kdcore
 from kd_dataset_distill import coreset, dilm
@@ -156,13 +157,17 @@ def test_learner_takes_the_steps_of_adamw(tmp_path):
     stage, _ = stage_of(tmp_path)
     leaves = stage.learner.leaves()
     plain = {name: value.detach().clone().requires_grad_() for name, value in leaves.items()}
-    adam = torch.optim.AdamW(plain.values(), lr=stage.options.learner_lr, weight_decay=dilm.DECAY)
-    for step in range(3):
+    adam = torch.optim.AdamW(plain.values(), lr=1e-2, weight_decay=dilm.DECAY)
+    schedule = get_cosine_schedule_with_warmup(adam, 4, 8)
+    for step in range(8):
         gradients = {name: torch.randn_like(value) for name, value in leaves.items()}
         for name, value in plain.items():
-            value.grad = gradients[name]
+            value.grad = gradients[name].clone()
+        torch.nn.utils.clip_grad_norm_(plain.values(), dilm.GRADIENT_NORM)
         adam.step()
-        leaves = stage._adamw(leaves, torch.cat([g.flatten() for g in gradients.values()]), step)
+        schedule.step()
+        rate = 1e-2 * dilm.warmed_cosine(step, 8)
+        leaves = stage._adamw(leaves, torch.cat([g.flatten() for g in gradients.values()]), step, rate)
     for name, value in plain.items():
         torch.testing.assert_close(leaves[name], value.detach())
 
@@ -173,6 +178,17 @@ def test_diverse_steps_take_their_texts_from_all_clusters(tmp_path):
     first = points[:4]
     chance = torch.stack([torch.pdist(points[torch.randperm(len(points))[:4]]).mean() for _ in range(50)]).mean()
     assert torch.pdist(first).mean() > chance
+
+
+def test_new_texts_are_put_in_clusters_by_the_last_learner_before_it_begins_afresh(tmp_path, monkeypatch):
+    stage, _ = stage_of(tmp_path)
+    trained = {name: value + 1 for name, value in stage.learner.leaves().items()}
+    stage.learner.take(trained)
+    seen = []
+    monkeypatch.setattr(stage, "_write", lambda label: seen.append(stage.learner.leaves()) or stage.written[label])
+    stage.before_step([])
+    assert all(torch.equal(value, trained[name]) for leaves in seen for name, value in leaves.items())
+    assert not any(torch.equal(value, trained[name]) for name, value in stage.learner.leaves().items())
 
 
 @pytest.mark.parametrize(("stage", "step"), [("lm", 3), ("match", 2), ("match", 4)])
@@ -220,15 +236,10 @@ def on_topic(path: Path) -> float:
     return sum(hits) / len(hits)
 
 
-def test_matching_makes_the_texts_of_the_quickstart_truer_to_their_class(tmp_path):
-    share: dict[int, float] = {}
-    for iterations in (0, 40):
-        changes = ["method.ipc=20", "method.over_generate=8", "method.eval_networks=1", "method.baselines=[]"]
-        result = kdcore.run(
-            "dilm", [*changes, f"method.iterations={iterations}"], run_dir=tmp_path / f"run-{iterations}"
-        )
-        share[iterations] = on_topic(result.path)
-    assert share[40] > share[0] + 0.04
+def test_dilm_beats_language_modelling_alone_and_its_texts_are_truer_to_their_class(tmp_path):
+    assert effect("dilm", tmp_path, seeds=(0, 1)) > 0.02
+    matched, alone = (sum(on_topic(tmp_path / f"{name}-{seed}") for seed in (0, 1)) for name in ("method", "ablation"))
+    assert matched / 2 > alone / 2 + 0.04
 
 
 def test_texts_of_other_splits_and_repetitions_are_not_new():

@@ -79,7 +79,7 @@ def selection(data: DataModule, index: Tensor) -> datasets.Dataset:
     """Real training samples as rows of a small data set: `index`, and `label` where there are labels."""
     columns = {"index": index.tolist()}
     if data.task.kind == "classification":
-        columns["label"] = data.labels("train")[index].tolist()
+        columns["label"] = data.labels("train")[index.cpu()].tolist()
     return datasets.Dataset.from_dict(columns)
 
 

@@ -6,6 +6,7 @@ Source: Maekawa et al. 2024, "DiLM: Distilling Dataset into Language Model for T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
@@ -29,10 +30,12 @@ from kdcore.data import DataModule, Task, derive_seed, to_device
 from kdcore.errors import ModelError, RunFailed
 from kdcore.models import Batch
 
-GRADIENT_NORM = 2.0
-"""To which the generator's gradient is clipped (DiLM's code)."""
+GRADIENT_NORM = 1.0
+"""To which the gradients of generator and learner are clipped (DiLM's configuration)."""
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.01
 """Of the learner's AdamW."""
+WARM_UP = 0.5
+"""Share of a learner's steps over which its learning rate rises, before it falls as a cosine (DiLM's configuration)."""
 
 
 class RealTexts:
@@ -165,15 +168,16 @@ class TextMatching(TrainStage):
         """There are no adapters to make."""
 
     def before_step(self, batches: list[Batch]) -> None:
-        """A fresh learner after every `inner` steps, and new texts after every `interval` learners."""
+        """New texts after every `interval` learners, in clusters that the last learner sees; then a fresh learner after
+        every `inner` steps."""
         o, step = self.options, self.progress.step
-        if step % o.inner == 0:
-            self.learner.refresh(draw(self.run, self.role, step // o.inner))
-            self.moments.zero_()
         self.learner.model.eval()
         if step % (o.inner * o.interval) == 0:
             for label in range(self.classes):
                 self.written[label] = self._write(label)
+        if step % o.inner == 0:
+            self.learner.refresh(draw(self.run, self.role, step // o.inner))
+            self.moments.zero_()
 
     def _write(self, label: int) -> Tensor:
         """New texts of a class `[interval * inner * batch_syn, T]`, in the order in which the steps take them."""
@@ -265,7 +269,7 @@ class TextMatching(TrainStage):
         return [int(i) for i in order[:count]]
 
     def after_step(self) -> None:
-        """Train the learner on real texts by AdamW, but not after its last step."""
+        """Train the learner on real texts, but not after its last step."""
         o, turn = self.options, self.progress.step % self.options.inner
         if turn + 1 == o.inner:
             return
@@ -276,30 +280,37 @@ class TextMatching(TrainStage):
             with torch.enable_grad():
                 loss = self._losses(leaves, batch).mean()
                 found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-            self.learner.take(
-                self._adamw(leaves, torch.cat([g.reshape(-1) for g in found]), turn * o.learner_steps + number)
-            )
+            step = turn * o.learner_steps + number
+            rate = o.learner_lr * warmed_cosine(step, o.inner * o.learner_steps)
+            self.learner.take(self._adamw(leaves, torch.cat([g.reshape(-1) for g in found]), step, rate))
 
-    def _adamw(self, leaves: dict[str, Tensor], gradient: Tensor, step: int) -> dict[str, Tensor]:
-        """The parameters after a step; the moments are updated in place."""
+    def _adamw(self, leaves: dict[str, Tensor], gradient: Tensor, step: int, rate: float) -> dict[str, Tensor]:
+        """The parameters after a step with the clipped gradient `[P]`; the moments are updated in place."""
+        gradient = gradient * (GRADIENT_NORM / (gradient.norm() + 1e-6)).clamp(max=1)
         first, second = self.moments
         first.lerp_(gradient, 1 - BETAS[0])
         second.lerp_(gradient.square(), 1 - BETAS[1])
         unbiased, square = first / (1 - BETAS[0] ** (step + 1)), second / (1 - BETAS[1] ** (step + 1))
         moves = unbiased / (square.sqrt() + EPS)
-        rate, parts = self.options.learner_lr, moves.split([leaf.numel() for leaf in leaves.values()])
+        parts = moves.split([leaf.numel() for leaf in leaves.values()])
         return {name: (1 - rate * DECAY) * leaf.detach() - rate * part.view_as(leaf)
                 for (name, leaf), part in zip(leaves.items(), parts, strict=True)}  # fmt: skip
+
+
+def warmed_cosine(step: int, steps: int) -> float:
+    """The factor of the learner's rate at a step: up in a line over `WARM_UP` of the steps, then down as a cosine."""
+    rise = WARM_UP * steps
+    return step / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
 class DiLM(Method):
     """Stages: `lm`, `representatives`, `match`, `data`, then a stage per network trained on each set.
 
-    The ablation leaves the language model as it is after the first stage, and takes its first texts.
+    The ablation goes on with language modelling for as many steps, in place of matching.
     """
 
     roles = Roles(teachers=("generator",), students=None)
-    ablation: Mapping[str, Any] = {"method.iterations": 0, "method.over_generate": 2, "method.baselines": []}
+    ablation: Mapping[str, Any] = {"method.lm_lambda": 1, "method.baselines": []}
     cut: Mapping[str, Any] = {
         "method.lm_steps": 4,
         "method.iterations": 4,
