@@ -187,7 +187,8 @@ def sign(where: Path) -> None:
     manifest = json.loads((where / folder.MANIFEST).read_text())
     files = [p for p in where.rglob("*") if p.is_file() and p.name != folder.MANIFEST]
     manifest["files"] = {str(p.relative_to(where)): folder._digest(p) for p in files}
-    (where / folder.MANIFEST).write_text(json.dumps(manifest))
+    manifest.pop("digest")
+    (where / folder.MANIFEST).write_text(json.dumps(folder._sealed(manifest)))
 
 
 def resume(where: Path, root: Path) -> None:
@@ -494,7 +495,8 @@ def test_a_manifest_names_nothing_outside_of_its_folder(done: Path, name: str) -
     outside.write_text("mine")
     manifest = json.loads((done / "student" / folder.MANIFEST).read_text())
     manifest["files"][name.format(done.parent)] = folder._digest(outside)
-    (done / "student" / folder.MANIFEST).write_text(json.dumps(manifest))
+    manifest.pop("digest")
+    (done / "student" / folder.MANIFEST).write_text(json.dumps(folder._sealed(manifest)))
     with pytest.raises(RunFolderError, match=r"outside\.txt is missing"):
         kdcore.evaluate(done)
 

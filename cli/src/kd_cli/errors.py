@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import typer
 
-from kdcore.errors import Interrupted, KDError
+from kdcore.errors import Interrupted, KDError, visible
 
 UNEXPECTED = "unexpected error"
 LAUNCHED = "KD_LAUNCHED"
@@ -42,9 +42,10 @@ def reported() -> Iterator[None]:
 
 def say(label: str, message: str, colour: str = "red") -> None:
     """A message on stderr, its label in colour where that is a terminal."""
+    label = visible(label)
     typer.secho(f"{label}:" if message else label, fg=colour, bold=True, nl=not message, err=True)
     if message:
-        typer.echo(f" {message}", err=True)
+        typer.echo(f" {visible(message)}", err=True)
     if label == UNEXPECTED and not _debugging():
         typer.echo("set KD_DEBUG=1 for the traceback", err=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_cli import tables
+from kdcore.errors import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +71,9 @@ def bars(board: Sequence[Standing]) -> str:
         axes.errorbar(gain, row, xerr=[[gain - low], [high - gain]], fmt="o", capsize=3,
                       color="#1b7f4b" if sure and gain > 0 else "#b03030" if sure else "#888888")  # fmt: skip
     axes.axvline(0, color="#222222", linewidth=1)
-    axes.set_yticks(range(len(shown)), [s.method if len(s.method) < 36 else f"{s.method[:34]}…" for s in shown])
+    axes.set_yticks(
+        range(len(shown)), [_literal(s.method if len(s.method) < 36 else f"{s.method[:34]}…") for s in shown]
+    )
     if scale := 2 * statistics.median([abs(s.gain or 0.0) for s in shown] or [0.0]):
         axes.set_xscale("symlog", linthresh=scale)  # a method that fails must not hide what the others do
         ends = max(abs(end) for end in axes.get_xlim())
@@ -95,10 +98,15 @@ def lines(runs: Sequence[Path]) -> str:
     axes = figure.subplots()
     for run in runs:
         for name, points in curves(run).items():
-            axes.plot(*zip(*points, strict=True), marker=".", label=f"{run}: {name}")
+            axes.plot(*zip(*points, strict=True), marker=".", label=_literal(f"{run}: {name}"))
     axes.set_xlabel("step")
     axes.legend(fontsize=8)
     return _svg(figure)
+
+
+def _literal(text: str) -> str:
+    """Text in a picture as it is: without control characters, and dollars begin no formula."""
+    return visible(text).replace("$", r"\$")
 
 
 def _figure(height: float) -> Figure:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kd_cli import tables
+from kdcore.errors import visible
 from kdcore.hookspecs import hookimpl
 from kdcore.plugins import PluginManager
 
@@ -39,7 +40,7 @@ def shown(manager: PluginManager) -> Iterator[None]:
 
 def values(numbers: Mapping[str, Any]) -> str:
     """Terms or metrics on one line."""
-    return "  ".join(f"{name} {tables.number(float(value))}" for name, value in numbers.items())
+    return "  ".join(f"{visible(tables.number(name))} {tables.number(float(value))}" for name, value in numbers.items())
 
 
 class _Rarely:

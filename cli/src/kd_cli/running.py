@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,9 +79,8 @@ def run(
         arguments += ["--grace", str(grace)]
         raise typer.Exit(launch(ctx, recipe, overrides or [], arguments, processes, grace))
     follow_launcher()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Terminated.exit_code))  # until the run handles it
     silent = as_json or quiet or not is_main_process()
-    with contextlib.nullcontext() if silent else progress.shown(ctx.obj):
+    with _sigterm_ends_it(), contextlib.nullcontext() if silent else progress.shown(ctx.obj):
         import kdcore
 
         result = kdcore.run(recipe, overrides or (), run_dir=run_dir, resume=resume, plugins=ctx.obj, grace=grace)
@@ -89,6 +90,20 @@ def run(
         tables.print_json({"path": result.path, "metrics": result.metrics, "rows": result.rows})
     elif not quiet:
         show_result(result, recipe, ctx.obj)
+
+
+@contextlib.contextmanager
+def _sigterm_ends_it() -> Iterator[None]:
+    """Inside, SIGTERM ends the command with the status of a run that may be started again. The run handles it itself
+    while it is under way; imports take seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(Terminated.exit_code))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def show_result(result: Result, recipe: str, manager: PluginManager) -> None:

@@ -9,17 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kdcore.errors import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 _UNBOUNDED = 100_000
 
 
 def console() -> Console:
-    """Standard output. Where it is not a terminal, lines are as long as they need to be and tables have no frame."""
+    """Standard output. Where it is not a terminal, lines are as long as they need to be and tables have no frame.
+    Control characters in what is printed are made visible."""
     from rich.console import Console
 
-    out = Console(markup=False, emoji=False, highlight=False)
+    class Plain(Console):
+        def render_str(self, text: str, **settings: Any) -> Text:
+            return super().render_str(visible(text), **settings)
+
+    out = Plain(markup=False, emoji=False, highlight=False)
     if not out.is_terminal:
         out.width = _UNBOUNDED
     return out
@@ -34,7 +42,9 @@ def show(out: Console, columns: Sequence[str], rows: Iterable[Sequence[Any]], ti
     made = Table(header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD if out.is_terminal else None)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        made.add_column(column, justify="right" if numeric else "left", style="cyan" if column == "name" else None)
+        made.add_column(
+            number(column), justify="right" if numeric else "left", style="cyan" if column == "name" else None
+        )
     for row in rows:
         made.add_row(*(number(cell) for cell in row))
     if title:
@@ -54,8 +64,8 @@ def show_metrics(out: Console, values: Mapping[str, float], title: str) -> None:
 
 
 def number(value: Any) -> str:
-    """A cell: floats to four significant digits, everything else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A cell: floats to four significant digits, everything else as it is, on one line."""
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split("\n"))
 
 
 def print_json(value: Any) -> None:
@@ -65,7 +75,7 @@ def print_json(value: Any) -> None:
 
 def to_json(value: Any) -> str:
     """JSON text, dataclasses as mappings."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
+    return visible(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from kdcore import folder
 from kdcore.adopt import as_data_module
 from kdcore.card import run_facts
+from kdcore.checkpoint import reading
 from kdcore.components import Component
 from kdcore.data import DataModule, Task
 from kdcore.errors import DataError, Interrupted, KDError, ModelError, RunFailed, RunFolderError, UserError
@@ -287,7 +288,8 @@ def _load_given(path: Path, given: Mapping[str, Any]) -> Model:
 
     student: Model = given["students"]["student"]
     folder.verify(path / "student")
-    load_model(student.module, path / "student" / "model.safetensors")
+    with reading(path / "student"):
+        load_model(student.module, path / "student" / "model.safetensors")
     return student
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from kdcore.errors import visible
 
 if TYPE_CHECKING:
     from kdcore.runner import Run
@@ -27,11 +30,11 @@ def model_card(run: Run, metrics: Mapping[str, float]) -> str:
         *(f"- {role}: `{spec.use}` {_options(spec.model_extra)}" for role, spec in models.items()),
         f"- data: `{recipe.data.use}` {_options(recipe.data.model_extra)}",
         f"- seed: {run.seed}",
-        *([f"- method: {component.paper.citation}"] if component.paper else []),
+        *([f"- method: {plain(component.paper.citation)}"] if component.paper else []),
         "",
         "| metric | value |",
         "|---|---|",
-        *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
+        *(f"| {plain(name)} | {value:.4f} |" for name, value in metrics.items()),
         "",
         "The model in `student/` is in its native format and loads without this project. To run the recipe again:",
         "",
@@ -42,7 +45,13 @@ def model_card(run: Run, metrics: Mapping[str, float]) -> str:
 
 
 def _options(extra: Mapping[str, object] | None) -> str:
-    return ", ".join(f"{key}={value}" for key, value in (extra or {}).items())
+    return ", ".join(plain(f"{key}={value}") for key, value in (extra or {}).items())
+
+
+def plain(text: str) -> str:
+    """Text in Markdown that stays what it is: on one line, without control characters, markup or HTML."""
+    line = " ".join(visible(text).split())
+    return re.sub(r"([\\`*\[|])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def run_facts(run: Run, status: Mapping[str, Any]) -> dict[str, Any]:

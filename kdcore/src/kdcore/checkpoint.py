@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils.other import load
 
 from kdcore import folder
-from kdcore.errors import RunFolderError
+from kdcore.errors import KDError, RunFolderError
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +71,27 @@ def latest(checkpoints: Path, recipe: str = "", noted: int = 0) -> tuple[Path, d
 
 
 def restore(accelerator: Accelerator, path: Path) -> None:
-    """Bring modules, optimizers, scaler and random states back to a checkpoint."""
-    accelerator.load_state(str(path))
+    """Bring modules, optimizers, scaler and random states back to a checkpoint. Nothing is unpickled but tensors and
+    plain containers.
+
+    Raises:
+        RunFolderError: if a file of it cannot be read.
+    """
+    with reading(path):
+        load(path / f"random_states_{accelerator.process_index}.pkl")  # Accelerate goes on without those it cannot read
+        accelerator.load_state(str(path))
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, what torch, safetensors, Accelerate or a plugin raise over a file that they cannot read becomes a
+    `RunFolderError`: they have no class for it in common."""
+    try:
+        yield
+    except (KDError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise folder.unreadable(path, error) from error
 
 
 def _path(checkpoints: Path, step: int) -> Path:

@@ -8,6 +8,7 @@ scheduler ended with SIGTERM `Terminated` (75).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -63,6 +64,15 @@ class Terminated(Interrupted):
     The exit status is `EX_TEMPFAIL` of sysexits.h."""
 
     exit_code = 75
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text that may come from anywhere, for a terminal or a page: control characters and those that turn the direction
+    of writing are written as escapes, such as `\\u001b`, as JSON has them. Line breaks and tabs stay."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def shown(value: object, longest: int = 200) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,3 +59,14 @@ def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[s
                         f"{wrong[flags.index(True)][1].tolist()} of split {split!r}; look at them, or train again with "
                         "a lower rate or clipped gradients")  # fmt: skip
     return metrics.compute()
+
+
+def restore(run: Run, stage: TrainStage, artifact: Path, facts: Mapping[str, Any]) -> TrainStage:
+    """A stage as it was when it was done, from its artifact and the facts in its manifest."""
+    from safetensors.torch import load_model
+
+    prepare(run, stage)
+    if "metrics" in facts:
+        stage.metrics = dict(facts["metrics"])
+    load_model(stage, artifact / "stage.safetensors", device=str(run.device))
+    return stage

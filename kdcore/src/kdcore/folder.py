@@ -38,10 +38,17 @@ def disk_problem(error: BaseException) -> str | None:
     return str(error).splitlines()[0]
 
 
+def unreadable(path: Path, error: BaseException) -> RunFolderError:
+    """What is said of a file or folder that could not be read, whatever was raised."""
+    said = next(iter(str(error).strip().splitlines()), "")
+    return RunFolderError(f"{path} cannot be read: {type(error).__name__}{said and f': {said[:200]}'}")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it holds the old content or the new, never half of it."""
+    """Write a file so that it holds the old content or the new, never half of it. A link in its place is replaced."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -134,6 +141,8 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
         raise RunFolderError(f"{folder} is damaged: {name} is missing")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise RunFolderError(f"{folder} is damaged: {name} is a link that leads out of it")
     if _digest(path) != digest:
         raise RunFolderError(f"{folder} is damaged: {name} does not match its digest")
 
@@ -194,6 +203,7 @@ class RunFolder:
         self.path, self.passing = path, passing
         try:
             path.mkdir(parents=True, exist_ok=True)
+            _check_links(path)
             self._lock = FileLock(path / ".lock")
             self._lock.acquire(timeout=0)
         except (FileExistsError, NotADirectoryError):
@@ -308,6 +318,15 @@ def _row(line: bytes) -> dict[str, Any]:
         return dict(json.loads(line))
     except (ValueError, TypeError):
         return {}
+
+
+def _check_links(path: Path) -> None:
+    """Refuse links that lead out of the folder: what a run writes and sweeps away would be elsewhere."""
+    for found in path.rglob("*"):
+        if found.is_symlink() and not found.resolve().is_relative_to(path.resolve()):
+            raise RunFolderError(
+                f"{found} is a link that leads out of the run folder; put what it leads to in its place"
+            )
 
 
 def _check_storage(path: Path) -> None:

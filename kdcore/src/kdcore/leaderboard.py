@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcore.errors import Interrupted, KDError, RecipeError, RunFolderError, UserError
-from kdcore.folder import write_text
+from kdcore.folder import unreadable, write_text
 from kdcore.plugins import PluginManager
 from kdcore.recipe import Recipe, find_recipe, load, resolve
 
@@ -265,7 +265,7 @@ class _Pool:
             if process.exitcode or not facts.is_file():
                 lines = _log_file(trial.path).read_text(encoding="utf-8").strip().splitlines()
                 return replace(trial, error=lines[-1] if lines else f"it ended with status {process.exitcode}")
-        return replace(trial, facts=json.loads(facts.read_text()))
+        return replace(trial, facts=_read_json(facts))
 
 
 def _recipe_file(trial: Trial) -> Path:
@@ -307,7 +307,7 @@ def compare(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
     for path in map(Path, run_dirs):
         if not (path / "run.json").is_file():
             raise RunFolderError(f"{path} is not a run folder: it has no run.json")
-        status = json.loads((path / "run.json").read_text())
+        status = _read_json(path / "run.json")
         if not status.get("metrics"):
             raise RunFolderError(f"{path} has no results yet (it is {status.get('status', 'new')}); finish it first")
         seconds = sum(timing["seconds"] for timing in status["timings"].values())
@@ -324,13 +324,28 @@ def compare(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def curves(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """The metrics measured during a run, by `stage split/metric`: steps and values."""
+    """The metrics measured during a run, by `stage split/metric`: steps and values.
+
+    Raises:
+        RunFolderError: if there is no journal, or it is damaged.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
-    for line in (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for name, value in row.get("metrics", {}).items():
-            found.setdefault(f"{row['stage']} {name}", []).append((row["step"], value))
+    path = Path(run_dir) / "metrics.jsonl"
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            for name, value in row.get("metrics", {}).items():
+                found.setdefault(f"{row['stage']} {name}", []).append((int(row["step"]), float(value)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise unreadable(path, error) from error
     return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise unreadable(path, error) from error
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:

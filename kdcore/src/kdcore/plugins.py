@@ -104,7 +104,7 @@ class PluginManager:
                 raise
             except BaseException as error:  # SystemExit at import must not end the program either
                 logger.debug("plugin %s failed", entry.name, exc_info=True)
-                self._infos[key] = replace(info, error=f"{type(error).__name__}: {error}".strip(": "))
+                self._infos[key] = replace(info, error=" ".join(f"{type(error).__name__}: {error}".strip(": ").split()))
 
     def _admit(self, info: PluginInfo, plugin: object) -> PluginInfo:
         """Register with pluggy, check the hooks, and collect the components; undone if anything is wrong."""

@@ -252,7 +252,7 @@ def find_recipe(recipe: str | Path | Mapping[str, Any], manager: PluginManager) 
         return recipe, "run"
     text = str(recipe)
     if text.endswith((".yaml", ".yml")) or Path(text).is_file():
-        return Path(text), Path(text).stem
+        return Path(text), Path(text).stem.strip(".") or "run"  # it names a folder
     method, _, name = text.partition("/")
     files = manager.get("method", method).recipe_files()
     if (name or "quickstart") not in files:

@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 
 from kdcore import engine, evaluation, folder
 from kdcore.card import model_card, now
+from kdcore.checkpoint import reading
 from kdcore.components import Kind
 from kdcore.data import DataModule, derive_seed, seeded
 from kdcore.errors import DataError, Interrupted, ModelError, RecipeError
@@ -291,9 +292,10 @@ class Run:
         facts = self.verify(artifact)
         if self.folder and stage.name not in (done := self.folder.read().get("artifacts", [])):
             self.folder.update(artifacts=[*done, stage.name])
-        if isinstance(stage, TrainStage):
-            return self._load_trained(stage, artifact, facts)
-        return stage.load(self, artifact)
+        with reading(artifact):
+            if isinstance(stage, TrainStage):
+                return evaluation.restore(self, stage, artifact, facts)
+            return stage.load(self, artifact)
 
     def _execute(self, stage: Stage, where: Path) -> None:
         facts: dict[str, Any] = {}
@@ -317,15 +319,6 @@ class Run:
         else:
             stage.execute(self, where, temporary)
         self.commit(temporary, where / "artifact", facts)
-
-    def _load_trained(self, stage: TrainStage, artifact: Path, facts: Mapping[str, Any]) -> TrainStage:
-        from safetensors.torch import load_model
-
-        evaluation.prepare(self, stage)
-        if "metrics" in facts:
-            stage.metrics = dict(facts["metrics"])
-        load_model(stage, artifact / "stage.safetensors", device=str(self.device))
-        return stage
 
     def _finish(self) -> Result:
         students = {role: cast(Model, m) for role, m in self.models.items() if role in self.student_roles}

@@ -94,7 +94,8 @@ def render(template: str, row: Mapping[str, Any]) -> str:
     """A prompt from a Jinja2 template and the fields of a row. Templates run in a sandbox.
 
     Raises:
-        RecipeError: on a template that is no Jinja2, or names a field that the row does not have.
+        RecipeError: on a template that is no Jinja2, would leave the sandbox, fails, or names a field that the row
+            does not have.
     """
     from jinja2 import TemplateError, UndefinedError, meta
 
@@ -106,7 +107,7 @@ def render(template: str, row: Mapping[str, Any]) -> str:
         unknown = sorted(meta.find_undeclared_variables(environment.parse(template)) - set(row))
         what = f"has no field {unknown[0]!r}; {did_you_mean(unknown[0], row, 'fields')}" if unknown else str(error)
         raise RecipeError(f"the template {_short(template)!r} does not fit the data: a row {what}") from None
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, RecursionError) as error:
         raise RecipeError(f"the template {_short(template)!r} is not valid: {error}") from None
 
 

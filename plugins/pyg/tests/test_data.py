@@ -83,7 +83,7 @@ def test_planetoid_that_cannot_be_had(tmp_path, monkeypatch):
     def refuse(*args: Any) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("kd_pyg.planetoid.Planetoid", refuse)
+    monkeypatch.setattr("kd_pyg.planetoid.download_url", refuse)
     with pytest.raises(DataError, match=r"data.root: the raw files of 'cora' .* are not in .* no network"):
         planetoid(PlanetoidOptions(root=str(tmp_path)))
 

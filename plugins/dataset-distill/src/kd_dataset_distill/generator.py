@@ -141,7 +141,11 @@ def build(options: GeneratorOptions, task: Task) -> Model:
         import transformers
     except ImportError as error:
         raise ModelError("dd-generator needs transformers: pip install 'kd-dataset-distill[text]'") from error
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model) if options.model else task.tokenizer
+    tokenizer = (
+        transformers.AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+        if options.model
+        else task.tokenizer
+    )
     if tokenizer is None:
         raise DataError(
             "dd-generator: a model from a config reads with the data's tokenizer, and the data has none; name a "
@@ -161,7 +165,7 @@ def build(options: GeneratorOptions, task: Task) -> Model:
 def _load(transformers: Any, options: GeneratorOptions, size: int) -> Any:
     auto = transformers.AutoModelForCausalLM
     if options.checkpoint or options.model:
-        return auto.from_pretrained(options.checkpoint or options.model)
+        return auto.from_pretrained(options.checkpoint or options.model, use_safetensors=True, trust_remote_code=False)
     changes = dict(options.config)
     kind = changes.pop("model_type")
     plain = {"vocab_size": size, "bos_token_id": None, "eos_token_id": None, **changes}

@@ -100,13 +100,17 @@ class VideoMAE(nn.Module):
 
         if options.checkpoint is not None:
             folder = student_folder(Path(options.checkpoint))
-            net = cls(VideoMAEModel.from_pretrained(folder))
+            net = cls(VideoMAEModel.from_pretrained(folder, use_safetensors=True))
             net.cls_token.data.copy_(load_file(folder / CLS)["cls_token"])
             return net
         config = VideoMAEConfig.from_pretrained(options.model)
         config.update({"use_mean_pooling": False, "num_frames": options.frames or config.num_frames,
                        "image_size": options.size or config.image_size})  # fmt: skip
-        made = VideoMAEModel.from_pretrained(options.model, config=config) if options.pretrained else None
+        made = (
+            VideoMAEModel.from_pretrained(options.model, config=config, use_safetensors=True)
+            if options.pretrained
+            else None
+        )
         return cls(VideoMAEModel(config) if made is None else made)
 
     def embed(self, video: Tensor) -> Tensor:

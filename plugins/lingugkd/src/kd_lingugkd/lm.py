@@ -160,7 +160,7 @@ def read_tokenizer(where: str) -> Any:
     """The tokenizer of a folder or of the Hub. Raises `ModelError` if it cannot be had."""
     try:
         return AutoTokenizer.from_pretrained(
-            str(Path(where).expanduser()) if Path(where).expanduser().exists() else where
+            str(Path(where).expanduser()) if Path(where).expanduser().exists() else where, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

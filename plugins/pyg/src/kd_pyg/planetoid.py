@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
-from torch_geometric.data import Data
+from torch_geometric.data import Data, download_url
 from torch_geometric.datasets import Planetoid
 from torch_geometric.io import read_planetoid_data
 
@@ -50,17 +52,45 @@ def word_texts(words: Tensor) -> list[str]:
     return [" ".join(text) or "no words" for text in texts]
 
 
+PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph")
+"""The raw files that are pickles; `test.index` is text."""
+PLAIN = {("collections", "defaultdict"), ("copy_reg", "_reconstructor"), ("numpy", "dtype"), ("numpy", "ndarray")}
+PLAIN |= {(module, name) for module in ("builtins", "__builtin__") for name in ("list", "object")}
+PLAIN |= {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+PLAIN |= {(f"scipy.sparse.{module}", "csr_matrix") for module in ("csr", "_csr")}
+"""What the published files hold: arrays, sparse matrices and lists of neighbours."""
+
+
+class _Plain(pickle.Unpickler):
+    """Reads no pickle that names anything but `PLAIN`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in PLAIN:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no graph has")
+        return super().find_class(module, name)
+
+
+def _check(raw: Path, name: str) -> None:
+    for part in PARTS:
+        with open(raw / f"ind.{name}.{part}", "rb") as file:
+            _Plain(file, encoding="latin1").load()
+
+
 def _read(options: PlanetoidOptions) -> Data:
     raw = options.raw
     if raw is None:
         try:
-            raw = Path(Planetoid(str(Path(options.root).expanduser()), FOLDERS[options.name]).raw_dir)
+            raw = Path(options.root).expanduser() / FOLDERS[options.name] / "raw"
+            for part in (*PARTS, "test.index"):
+                if not (raw / f"ind.{options.name}.{part}").is_file():
+                    download_url(f"{Planetoid.url}/ind.{options.name}.{part}", str(raw))
         except Exception as error:  # what a download can fail with depends on the libraries beneath
             raise DataError(
                 f"data.root: the raw files of {options.name!r} (ind.{options.name}.*) are not in {options.root!r} and "
                 f"cannot be fetched: {type(error).__name__}: {error}"
             ) from error
     try:
+        _check(Path(raw), options.name)
         return read_planetoid_data(str(raw), options.name)
     except Exception as error:  # damaged pickles fail in many ways
         raise DataError(f"the raw files in {raw} cannot be read: {type(error).__name__}: {error}") from error

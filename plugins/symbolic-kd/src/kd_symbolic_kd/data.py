@@ -131,7 +131,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
         raise DataError(f"data.tokenizer: {name!r} is no folder of a tokenizer and could not be fetched ({cause})"
