@@ -58,3 +58,18 @@ def test_a_core_out_of_range_is_a_problem(monkeypatch):
     doctor._check_core_range(problems)
     assert len(problems) == 1
     assert "kd-cli needs kdcore<0.0.1" in problems[0]
+
+
+def test_an_audit_says_that_two_runs_are_the_same(kd):
+    result = kd("doctor", "--determinism", "toy", "--steps", "2", "train.epochs=1")
+    assert result.exit_code == 0, result.stderr
+    assert "values of both runs are the same, bit for bit" in result.stdout
+
+
+def test_a_replay_shows_where_a_number_went_wrong(kd):
+    assert kd("run", "toy", "train.optimizer={name: sgd, lr: 1e30}", "--run-dir", "bad").exit_code == 1
+    result = kd("doctor", "--replay", "bad")
+    assert result.exit_code == 1
+    assert "first module" in result.stdout
+    assert "parameter after it" in result.stdout
+    assert kd("doctor", "--replay", "nowhere").exit_code == 2

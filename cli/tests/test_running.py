@@ -113,7 +113,8 @@ def test_no_noise_of_libraries_reaches_the_terminal(kd_process):
     assert result.stderr == ""
 
 
-def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(kd):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(kd, number, status):
     recipe = ("toy", "train.epochs=150", "train.save_every=25", "train.eval_every=1000")
     with subprocess.Popen(
         [sys.executable, "-m", "kd_cli", "run", *recipe, "--run-dir", "cut"],
@@ -123,14 +124,15 @@ def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(kd):
         assert process.stderr is not None
         for line in process.stdout:
             if line.startswith("distill  checkpoint"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         process.stdout.read()
         error = process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(60) == status
     assert error.startswith("interrupted: interrupted in stage 'distill'")
-    assert kd("run", *recipe, "--run-dir", "cut", "-q").exit_code == 0
-    assert kd("run", *recipe, "--run-dir", "whole", "-q").exit_code == 0
+    assert kd("run", *recipe, "--run-dir", "cut", "-q", "--resume", "auto").exit_code == 0
+    assert kd("run", "--resume", "auto", *recipe, "--run-dir", "whole", "-q").exit_code == 0
+    assert kd("run", *recipe, "--run-dir", "whole", "-q", "--resume=auto").exit_code == 0
     weights = [Path(run, "student", "model.safetensors").read_bytes() for run in ("cut", "whole")]
     assert weights[0] == weights[1]
 
