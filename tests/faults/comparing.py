@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from kdcore import folder
 from kdcore.errors import RunFolderError
 
-OF_THE_RUN = {"pid", "started", "finished", "resumed", "timings", "git", "checkpoints"}
+OF_THE_RUN = {"pid", "started", "finished", "resumed", "timings", "git", "checkpoints", "digest"}
 """Entries of `run.json` that say how a run went, not what came out."""
 
 UNIMPORTANT = re.compile(r"seconds|latency_ms|.*time|.*path|_fingerprint")
@@ -62,7 +62,7 @@ def _unlike(one: Path, two: Path) -> Iterator[str]:
         of_both = ({k: v for k, v in _json(p).items() if k not in OF_THE_RUN} for p in (one, two))
         yield from _unlike_values(*map(_important, of_both))
     elif one.name == folder.MANIFEST:  # the digests are those of files that are compared themselves
-        yield from _unlike_values(*({**_json(p), "files": sorted(_json(p)["files"])} for p in (one, two)))
+        yield from _unlike_values(*({**_json(p), "files": sorted(_json(p)["files"]), "digest": ""} for p in (one, two)))
     elif one.suffix == ".json":
         yield from _unlike_values(_important(_json(one)), _important(_json(two)))
     elif one.suffix == ".safetensors":

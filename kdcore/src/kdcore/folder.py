@@ -171,7 +171,7 @@ def read_status(path: Path, way_out: str = "") -> dict[str, Any]:
         _check_format(path, int(status.get("format", FORMAT)))
         _check_seal(status)
         return status
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError) as error:
         raise RunFolderError(f"{path / 'run.json'} is damaged ({error}){way_out}") from None

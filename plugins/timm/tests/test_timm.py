@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kd_timm.models import timm_model
 from kd_timm.options import TimmOptions, TimmTeacherOptions
-from kdcore import PluginManager
+from kdcore import PluginManager, folder
 from kdcore.data import Task
 from kdcore.errors import ModelError
 
@@ -148,8 +148,9 @@ def test_saved_models_load_in_timm_alone_with_equal_outputs(tmp_path):
 @pytest.mark.parametrize("where", ["student", "", "student/model.safetensors", "weights.pth"])
 def test_a_checkpoint_comes_back_from_a_folder_a_run_or_a_file(tmp_path, where):
     model = build("test_resnet")
-    model.save(tmp_path / "student")
-    (tmp_path / "run.json").write_text("{}")
+    model.save(tmp_path / "made")
+    folder.commit(tmp_path / "made", tmp_path / "student")
+    (tmp_path / "run.json").write_text(json.dumps(folder._sealed({"status": "finished"})))
     torch.save({"state_dict": model.module.state_dict()}, tmp_path / "weights.pth")
     options = TimmTeacherOptions(model="test_resnet", checkpoint=str(tmp_path / where))
     again = timm_model(options, TASK).eval()

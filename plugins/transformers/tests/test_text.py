@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import kdcore
 from kd_transformers.options import TextOptions
 from kd_transformers.text import TransformersText, draw, penalised
-from kdcore import Component, GenerateStage, Method, Roles, Sampling
+from kdcore import Component, GenerateStage, Method, Roles, Sampling, folder
 from kdcore.errors import DataError, ModelError, RunFailed
 from kdcore.options import Download
 
@@ -198,9 +198,10 @@ def test_the_blank_between_prompt_and_answer_is_part_of_the_answer(teacher):
 
 def test_the_student_of_a_run_can_teach(teacher, tmp_path):
     source = teacher()
-    source.module.save_pretrained(tmp_path / "run/student")
-    source.tokenizer.save_pretrained(tmp_path / "run/student")
-    (tmp_path / "run/run.json").write_text("{}")
+    source.module.save_pretrained(tmp_path / "run/made")
+    source.tokenizer.save_pretrained(tmp_path / "run/made")
+    folder.commit(tmp_path / "run/made", tmp_path / "run/student")
+    (tmp_path / "run/run.json").write_text(json.dumps(folder._sealed({"status": "finished"})))
     again = TransformersText(TextOptions(checkpoint=str(tmp_path / "run")))
     sampling = Sampling(max_tokens=5)
     assert again.generate(PROMPTS, sampling, [1, 2, 3]) == source.generate(PROMPTS, sampling, [1, 2, 3])
