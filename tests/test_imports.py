@@ -30,10 +30,11 @@ FLOORS = [
     ("options",),
     ("reading",),
     ("recipe",),
+    ("outputs",),
     ("models",),
     ("text",),
     ("data",),
-    ("adopt",),
+    ("adopt", "generation"),
     ("losses", "metrics"),
     ("stages",),
     ("guards", "evaluation"),
@@ -47,7 +48,7 @@ FLOORS = [
     ("testing",),
 ]
 """From the ground up. A module imports only what stands on a lower floor."""
-ON_TOP = ("leaderboard", "generate", "search", "probes", "diagnose")
+ON_TOP = ("leaderboard", "generate", "generation", "search", "probes", "diagnose")
 """What a run does not need: only some methods, or commands, import it."""
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
@@ -142,7 +143,7 @@ def test_no_file_of_the_core_is_long_and_the_core_is_small():
     code = sum(code_lines(path) for path in sources(CORE) if path not in on_top)
     print(f"kdcore: {len(lines)} files, {sum(lines.values())} lines, of which {code} hold code")
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert code <= 3200, "the core is to stay about 3,100 lines of code"
+    assert code <= 3300, "the core is to stay about 3,200 lines of code"
 
 
 def test_nothing_light_imports_torch():

@@ -33,9 +33,15 @@ BATCH_KEYS: dict[str, str] = {
     "input_ids": "int [B, T]",
     "attention_mask": "int [B, T]: 1 where there is a token",
     "token_type_ids": "int [B, T]",
+    "position_ids": "int [B, T]: given for rows that hold several texts; 0 where one begins, and then no mask",
     "labels": "int [B, T], aligned with the logits: position t holds what logits[:, t] should predict",
     "decoder_input_ids": "int [B, T]",
+    "ranked_input_ids": "int [B, K, T]: K answers to a prompt with the prompt, the best one first",
+    "ranked_attention_mask": "int [B, K, T]",
+    "ranked_labels": "int [B, K, T], aligned like `labels`",
     "text": "list of B strings",
+    "prompt": "list of B strings: what is to be answered",
+    "completion": "list of B strings: the answer of the data",
     "video": "float [B, T, C, H, W] in [0, 1]",
     "audio": "float [B, T]",
     "imu": "float [B, T, C]",
@@ -246,7 +252,8 @@ class _Collate:
             return
         wrong = (target >= classes) | ((target < 0) & (target != IGNORE))
         if wrong.any():
-            where = index[wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong]
+            rows = wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong
+            where = index[rows] if len(rows) == len(index) else index  # a row of several texts
             raise DataError(f"split {self.split!r}, sample {int(where[0])}: {key} {int(target[wrong][0])}, but the "
                             f"{classes} classes are 0 to {classes - 1} ({IGNORE} is ignored)")  # fmt: skip
 

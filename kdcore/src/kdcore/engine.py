@@ -206,7 +206,8 @@ class _Trainer:
         careful = self.options.nonfinite == "skip" or self.options.on_oom == "halve"
         self.kept = Before(stage, self.run.device) if careful else None
         self.good, self.changed = True, False
-        stage.before_step(micro)
+        with accelerator.autocast():
+            stage.before_step(micro)
         shares = self._shares(micro)
         logged: dict[str, Tensor] = {}
         norms: list[Tensor] = []

@@ -9,86 +9,24 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kdcore.errors import ModelError, did_you_mean
+from kdcore.outputs import Labels as Labels
+from kdcore.outputs import Outputs as Outputs
+from kdcore.outputs import map_tensors as map_tensors
+
+if TYPE_CHECKING:
+    from kdcore.options import Sampling
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 """Tensors (and lists of raw text) by key; the keys are listed in `kdcore.data.BATCH_KEYS`."""
-
-SIGNALS = ("logits", "embedding", "features", "extras")
-
-
-@dataclass
-class Outputs:
-    """What a model says about a batch.
-
-    Args:
-        logits: `[B, C]` for a class per sample, `[B, C, H, W]` for a class per pixel, `[B, T, V]` for tokens.
-        embedding: the input of the last linear layer: `[B, D]`, or with the positions of dense logits.
-        features: tapped activations by tap name, in the order of the model's modules.
-        extras: anything else a method needs, by name.
-    """
-
-    logits: Tensor | None = None
-    embedding: Tensor | None = None
-    features: dict[str, Any] = field(default_factory=dict)
-    extras: dict[str, Any] = field(default_factory=dict)
-
-    def need(self, signal: str) -> Tensor:
-        """`logits` or `embedding`, for certain.
-
-        Raises:
-            ModelError: if the model does not give it.
-        """
-        value = getattr(self, signal)
-        if value is None:
-            raise ModelError(f"the model gives no {signal}")
-        return value  # type: ignore[no-any-return]
-
-    def select(self, names: Sequence[str]) -> list[Tensor]:
-        """The features of these tap names, in this order."""
-        return [self.features[name] for name in names]
-
-    def detach(self) -> Outputs:
-        """The same outputs outside the autograd graph."""
-        detached: Outputs = map_tensors(self, Tensor.detach)
-        return detached
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `function` to every tensor inside nested outputs, dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Outputs):
-        return replace(value, **{name: map_tensors(getattr(value, name), function) for name in SIGNALS})
-    if isinstance(value, dict):
-        return {k: map_tensors(v, function) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map_tensors(v, function) for v in value)
-    return value
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What a model's logits mean, so that a teacher and a student that do not fit are found before the first step.
-
-    Args:
-        count: number of classes or size of the vocabulary.
-        names: class names in the order of the logits, where known.
-        vocabulary: fingerprint of the tokenizer, where there is one.
-    """
-
-    count: int | None = None
-    names: tuple[str, ...] | None = None
-    vocabulary: str | None = None
 
 
 class Model(nn.Module):
@@ -102,6 +40,9 @@ class Model(nn.Module):
         labels: what the logits mean.
         stages: module names of the network's stages, shallow to deep: what the taps `@0`, `@-1` and `@all` refer to.
         channels_last: whether the stages' maps are `[B, H, W, C]`; their taps are turned to `[B, C, H, W]`.
+        writer: writes tokens after tokens, for a language model: `writer(module, contexts, sampling, seeds, limits,
+            mix)`, with `mix` a module and its share.
+        tokenizer: the tokenizer behind its tokens, where there is one.
     """
 
     def __init__(
@@ -113,9 +54,13 @@ class Model(nn.Module):
         labels: Labels | None = None,
         stages: Sequence[str] = (),
         channels_last: bool = False,
+        writer: Callable[..., list[list[int]]] | None = None,
+        tokenizer: Any = None,
     ) -> None:
         super().__init__()
         self.module = module
+        self.tokenizer = tokenizer
+        self._writer = writer
         self.channels_last = channels_last
         self.labels = labels or Labels()
         self.stages = tuple(stages)
@@ -130,6 +75,8 @@ class Model(nn.Module):
         self._caught = {}
         outputs = as_outputs(self._call(self.module, batch))
         if self._taps:
+            if outputs.pending and any(name not in self._caught for name in self._taps):
+                outputs.need("logits")  # the head may be tapped
             outputs.features = {name: self._caught[name] for name in self._taps if name in self._caught}
             self._caught = {}
             for name in outputs.features if self.channels_last else ():
@@ -228,6 +175,44 @@ class Model(nn.Module):
 
     def _catch(self, name: str, _module: nn.Module, *values: Any) -> None:
         self._caught[name] = _first(values[-1])
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is a language model that writes: see `write`."""
+        return self._writer is not None
+
+    @torch.no_grad()
+    def write(
+        self, contexts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], *,
+        limits: Sequence[int] | None = None, mix: tuple[Model, float] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """What the model writes after some tokens: up to and with the token that ends it, where one does.
+
+        Each row is drawn with random numbers of its own, in evaluation mode.
+
+        Args:
+            contexts: tokens of each row, at least one.
+            sampling: how: temperature, nucleus, penalties, and tokens at most.
+            seeds: one for each row.
+            limits: tokens at most, by row.
+            mix: a model of the same tokens and the share that its probabilities have in what is drawn from.
+
+        Raises:
+            ModelError: if it is no language model that writes.
+            DataError: on a context that fills, or is longer than, what the model can read.
+        """
+        if self._writer is None:
+            raise ModelError(f"{type(self.module).__name__} writes no tokens: take a causal language model")
+        was_training = self.training
+        self.eval()
+        other = (mix[0].eval().module, mix[1]) if mix else None
+        try:
+            return self._writer(self.module, contexts, sampling, seeds, limits, other)
+        finally:
+            self.train(was_training)
+
+    def follow(self, model: Model, step: int) -> None:
+        """Nothing to do: a model in this process has its weights."""
 
     def freeze(self) -> Model:
         """No gradients, and evaluation mode for good: `train()` no longer changes it. Returns the model."""
@@ -330,8 +315,8 @@ def check_pair(teacher: Labels, student: Labels, who: tuple[str, str] = ("teache
     same_tokens = teacher.vocabulary is not None and teacher.vocabulary == student.vocabulary
     if teacher.vocabulary and student.vocabulary and not same_tokens:
         raise ModelError(f"{who[0]} and {who[1]} have different vocabularies ({teacher.vocabulary} and "
-                         f"{student.vocabulary}): their logits do not mean the same "
-                         "tokens. Use one tokenizer, or a loss for different ones")  # fmt: skip
+                         f"{student.vocabulary}): their logits do not mean the same tokens. "
+                         "Use one tokenizer, or a loss for two (kd list loss --tag two-tokenizers)")  # fmt: skip
     if teacher.count and student.count and teacher.count != student.count and not same_tokens:
         raise ModelError(f"{who[0]} has {teacher.count} classes, {who[1]} has {student.count}: give both the same "
                          "labels (see `checkpoint` and the data's classes)")  # fmt: skip

@@ -376,7 +376,8 @@ class Run:
         plain = self.resolved.options[f"{kind}s.{role}"]
         options = with_changes(plain, changes, f"{kind}s.{role}") if changes else plain
         model: Source = self._target(kind, specs[role].use)(options, task)
-        check_pair(model.labels, task.labels, (f"{kind}s.{role}", "the data"))
+        if kind == "student" or not self.method.own_tokens:
+            check_pair(model.labels, task.labels, (f"{kind}s.{role}", "the data"))
         return model
 
     def _target(self, kind: Kind, name: str) -> Callable[..., Any]:

@@ -241,7 +241,9 @@ class Distill(TrainStage):
         given = {"student": self.student(batch), **{role: t(batch) for role, t in self.teachers.items()}}
         for item in self.weighted:
             for role in self._roles(item) if _both_logits(item.loss) else ():
-                check_pair(Labels(_classes(given[role])), Labels(_classes(given["student"])), (role, "student"))
+                theirs, ours = (Labels(given[r].classes, None, m.labels.vocabulary)
+                                for r, m in ((role, self.teachers[role]), ("student", self.student)))  # fmt: skip
+                check_pair(theirs, ours, (role, "student"))
             for side, signals in item.loss.needs.items():
                 for role in [side] if side == "student" else self._roles(item):
                     _check_signals(item.name, role, given[role], signals)
@@ -285,12 +287,14 @@ class Method:
         stage_names: names of the stages the method yields, for checking `stages:` in a recipe.
         ablation: recipe overrides that switch the method's idea off: what it has to beat.
         cut: recipe overrides that shorten its quickstart for the conformance suite, where fewer steps do not.
+        own_tokens: whether teachers may have another tokenizer than the data.
     """
 
     roles: Roles = Roles()
     stage_names: tuple[str, ...] = ()
     ablation: Mapping[str, Any] = {}
     cut: Mapping[str, Any] = {}
+    own_tokens: bool = False
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
@@ -360,15 +364,10 @@ def _both_logits(loss: Loss) -> bool:
 
 def _check_signals(loss: str, role: str, given: Outputs, signals: Sequence[str]) -> None:
     for signal in signals:
-        if getattr(given, signal) in (None, {}):
-            has = [s for s in ("logits", "embedding", "features") if getattr(given, s) not in (None, {})]
+        if not given.gives(signal):
+            has = [s for s in ("logits", "embedding", "features") if given.gives(s)]
             raise ModelError(f"loss {loss!r} needs the {role}'s {signal}, which it does not give "
                              f"(it gives: {', '.join(has) or 'nothing'})")  # fmt: skip
-
-
-def _classes(outputs: Outputs) -> int | None:
-    logits = outputs.logits
-    return None if logits is None else logits.shape[-1 if logits.ndim == 3 else 1]
 
 
 def _unique_names(losses: Sequence[Weighted]) -> list[Weighted]:

@@ -35,8 +35,12 @@ TARGETS = {2: "label", 3: "labels", 4: "mask"}
 
 
 def pair_of_logits(student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
-    """Logits of both sides; a teacher's maps [B, C, H, W] of another size are resized to the student's."""
+    """Logits of both sides; a teacher's maps [B, C, H, W] of another size are resized to the student's, vocabularies
+    that are padded to different sizes [B, T, V] are cut to what both have."""
     ours, theirs = student.need("logits"), teacher.need("logits")
+    if ours.ndim == theirs.ndim == 3 and ours.shape[-1] != theirs.shape[-1]:
+        size = min(ours.shape[-1], theirs.shape[-1])
+        return ours[..., :size], theirs[..., :size]
     if ours.ndim == theirs.ndim == 4 and ours.shape[-2:] != theirs.shape[-2:]:
         theirs = F.interpolate(theirs.float(), ours.shape[-2:], mode="bilinear", align_corners=False)
     return ours, theirs
