@@ -158,8 +158,8 @@ def test_a_language_models_labels_are_the_next_tokens(reviews, tokenizer):
     data = load(reviews, text="review", tokenizer=str(tokenizer))
     assert (data.task.kind, data.task.num_classes) == ("causal-lm", len(WORDS) + 2)
     batch = data.sample("train", 3)
-    assert batch["input_ids"].tolist() == [[9, 2, 6, 0], [9, 8, 4, 7], [3, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[2, 6, IGNORE, IGNORE], [8, 4, 7, IGNORE], [IGNORE] * 4]
+    assert batch["input_ids"].tolist() == [[9, 2, 6, 0], [9, 8, 4, 7], [5, 6, 0, 0]]
+    assert batch["labels"].tolist() == [[2, 6, IGNORE, IGNORE], [8, 4, 7, IGNORE], [6, *[IGNORE] * 3]]
 
 
 def test_numbers_are_regressed_and_further_columns_are_tensors(tmp_path):

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchvision import tv_tensors
 
-from kd_datasets import pictures, texts
+from kd_datasets import corpus, language, pictures, texts
+from kd_datasets.language import Encoder
 from kd_datasets.load import base_folder, load_splits
-from kd_datasets.options import ColumnsOptions, DatasetsOptions, Kind
+from kd_datasets.options import LANGUAGE_ROLES, ColumnsOptions, DatasetsOptions, Kind
+from kd_datasets.packing import Packed, alone, best_fit_decreasing, laid_out
 from kd_datasets.pictures import Augment, Fit, Sample
-from kd_datasets.targets import Classes, column_names, find_classes, find_kind, find_roles
+from kd_datasets.targets import Classes, column_names, find_classes, find_form, find_kind, find_roles
 from kdcore.data import DataModule, Task, vocabulary_fingerprint
 from kdcore.errors import DataError
 from kdcore.models import Batch, FromColumns
+
+logger = logging.getLogger(__name__)
+
+Finish = Callable[[Sample], Sample]
 
 
 def hub_or_local(options: DatasetsOptions) -> DataModule:
@@ -39,8 +45,14 @@ def hub_or_local(options: DatasetsOptions) -> DataModule:
     tokenizer = texts.load_tokenizer(options.tokenizer) if options.tokenizer else None
     if kind == "causal-lm" and tokenizer is None:
         raise DataError("tokenizer: a language model's texts need one; name its folder or Hub id")
-    splits = {name: _undecoded(rows, [*roles.values(), *options.columns.values()]) for name, rows in splits.items()}
-    samples = Samples(options, roles, kind, classes, tokenizer, base_folder(options))
+    used = column_names(first) if options.template is not None else [*roles.values(), *options.columns.values()]
+    splits = {name: _undecoded(rows, used) for name, rows in splits.items()}
+    encoder = _encoder(options, roles, tokenizer) if kind == "causal-lm" else None
+    _check_language(options, kind, roles, encoder)
+    if encoder:
+        roles = {role: column for role, column in roles.items() if role not in encoder.roles}
+        splits = _tokenised(options, splits, encoder, [*roles.values(), *options.columns.values()])
+    samples = Samples(options, roles, kind, classes, tokenizer, encoder, base_folder(options))
     size = _image_size(samples, first=next(iter(splits.values()))) if "image" in roles else None
     return _module(options, splits, samples, size)
 
@@ -59,23 +71,59 @@ def _module(
     if options.augment and not size:
         raise DataError("augment: the steps change images, and the data has no column of them: set `image:`")
     crops = any("random-resized-crop" in step for step in options.augment)
-    made = {}
+    made: dict[str, Any] = {}
     for name, rows in splits.items():
-        own = None if name == "train" and crops else fit
-        made[name] = _Stream(rows, samples, own, options, name) if options.streaming else _Rows(rows, samples, own)
+        finish: Finish | None = None if name == "train" and crops else fit
+        if name == "train" and (options.packing or options.padding_free):
+            finish = alone
+        made[name] = _Stream(rows, samples, finish, name) if options.streaming else _Rows(rows, samples, finish)
+    if options.packing and "train" in made:
+        groups = best_fit_decreasing(corpus.lengths(splits["train"]), options.max_length or 0)
+        made["train"] = Packed(made["train"], groups)
     image = (options.channels, *size) if size else None
     tokenizer = samples.tokenizer
     task = Task(samples.kind, samples.classes.names, _count(samples), image, tokenizer,
                 vocabulary_fingerprint(tokenizer) if tokenizer else None)  # fmt: skip
-    return DataModule(
-        made, task, collate=_Collate(fit, texts.paddings(tokenizer) if tokenizer else {}), augment=augment
-    )
+    paddings = texts.paddings(tokenizer) if tokenizer else {}
+    return DataModule(made, task, collate=_Collate(fit, paddings, options.padding_free), augment=augment)
 
 
 def _count(samples: Samples) -> int | None:
     if samples.kind == "causal-lm":
         return len(samples.tokenizer)
     return 1 if samples.kind == "regression" else samples.classes.count
+
+
+def _encoder(options: DatasetsOptions, roles: Mapping[str, str], tokenizer: Any) -> Encoder:
+    form = find_form(options, roles)
+    own = {role: roles[role] for role in ("text", "text_pair", *LANGUAGE_ROLES) if role in roles}
+    return Encoder(options, form, own, tokenizer)
+
+
+def _check_language(options: DatasetsOptions, kind: Kind, roles: Mapping[str, str], encoder: Encoder | None) -> None:
+    """Refuse options that only a language model's texts can follow, where the data is something else."""
+    defaults = DatasetsOptions(path=options.path)
+    for name in ("template", "train_on", "truncation", "packing", "padding_free"):
+        if not encoder and getattr(options, name) != getattr(defaults, name):
+            raise DataError(f"{name}: this is for a language model (`task: causal-lm`); the task is {kind!r}")
+    joining = "packing" if options.packing else "padding_free" if options.padding_free else None
+    if encoder and joining and (encoder.form == "preference" or "image" in roles or options.columns):
+        raise DataError(f"{joining}: only texts can be laid end to end, and not preferences, images or further columns")
+
+
+def _tokenised(
+    options: DatasetsOptions, splits: Mapping[str, Any], encoder: Encoder, kept: list[str]
+) -> dict[str, Any]:
+    """The splits with tokens in place of texts; those of a stream stay as they are until they are read."""
+    first: Mapping[str, Any] = next(iter(next(iter(splits.values()))), {})
+    answer = first.get(encoder.roles.get("completion") or encoder.roles.get("chosen") or "")
+    if isinstance(answer, str) and encoder.tokenizer.eos_token_id is None:
+        logger.warning("the tokenizer %r has no token for the end of a text: nothing is appended to completions, and a "
+                       "model does not learn where they end", options.tokenizer)  # fmt: skip
+    if options.streaming:
+        return dict(splits)
+    digest = corpus.digest(encoder)
+    return {name: corpus.tokenised(rows, encoder, name, kept, digest) for name, rows in splits.items()}
 
 
 def _undecoded(rows: Any, columns: list[str]) -> Any:
@@ -108,6 +156,7 @@ class Samples:
         kind: of the task.
         classes: of the task.
         tokenizer: if texts become tokens.
+        encoder: if the texts are a language model's; rows have its fields then, in place of their columns.
         folder: to which paths of picture files are relative.
     """
 
@@ -116,6 +165,7 @@ class Samples:
     kind: Kind
     classes: Classes
     tokenizer: Any
+    encoder: Encoder | None
     folder: Path
 
     def __call__(self, row: Mapping[str, Any]) -> Sample:
@@ -130,6 +180,8 @@ class Samples:
             sample["mask"] = pictures.to_mask(
                 picture, self.classes.count or 0, options.ignore_label, options.reduce_labels
             )
+        if self.encoder:
+            sample |= language.to_sample(row, texts.paddings(self.tokenizer)["input_ids"])
         if "text" in values:
             sample |= self.text(values["text"], values.get("text_pair"))
         if "label" in values and self.kind in ("classification", "multilabel", "regression"):
@@ -141,15 +193,12 @@ class Samples:
         return pictures.to_image(pictures.open_picture(value, self.folder), self.options.channels)
 
     def text(self, text: Any, pair: Any) -> Sample:
-        """Tokens, with those to be predicted for a language model; without a tokenizer the text itself."""
+        """Tokens; without a tokenizer the text itself."""
         if not isinstance(text, str):
             raise DataError(f"text: column {self.roles['text']!r} holds {text!r} where a text is expected")
         if self.tokenizer is None:
             return {"text": text} if pair is None else {"text": text, "text_pair": pair}
-        sample: Sample = dict(texts.tokens(self.tokenizer, text, pair, self.options.max_length))
-        if self.kind == "causal-lm":
-            sample["labels"] = texts.next_tokens(sample["input_ids"])
-        return sample
+        return dict(texts.tokens(self.tokenizer, text, pair, self.options.max_length))
 
     def label(self, value: Any) -> torch.Tensor:
         """Int `[]`, float `[]` (regression), or float `[C]` of zeros and ones (multilabel)."""
@@ -170,10 +219,10 @@ class Samples:
 
 
 class _Rows(Dataset[Sample]):
-    """The samples of a split; `fit` brings images to size here, or it is left to the augmentation or the batch."""
+    """The samples of a split; `finish` brings images to size here, or it is left to the augmentation or the batch."""
 
-    def __init__(self, rows: Any, samples: Samples, fit: Fit | None) -> None:
-        self.rows, self.samples, self.fit = rows, samples, fit
+    def __init__(self, rows: Any, samples: Samples, finish: Finish | None) -> None:
+        self.rows, self.samples, self.finish = rows, samples, finish
         self.kept: dict[int, Sample] | None = {} if samples.options.in_memory else None
 
     def __len__(self) -> int:
@@ -188,7 +237,7 @@ class _Rows(Dataset[Sample]):
 
     def _make(self, index: int) -> Sample:
         sample = self.samples(self.rows[index])
-        return self.fit(sample) if self.fit else sample
+        return self.finish(sample) if self.finish else sample
 
     def column(self, name: str) -> list[torch.Tensor]:
         """All values of one key, without opening images; only of labels. Raises `KeyError` if there are none."""
@@ -200,10 +249,11 @@ class _Rows(Dataset[Sample]):
 class _Stream(IterableDataset[Sample]):
     """The samples of a stream; those of train in an order that depends on seed and epoch."""
 
-    def __init__(self, rows: Any, samples: Samples, fit: Fit | None, options: DatasetsOptions, name: str) -> None:
+    def __init__(self, rows: Any, samples: Samples, finish: Finish | None, name: str) -> None:
         if name == "train":
-            rows = rows.shuffle(seed=options.seed, buffer_size=options.shuffle_buffer)
-        self.rows, self.samples, self.fit = rows, samples, fit
+            rows = rows.shuffle(seed=samples.options.seed, buffer_size=samples.options.shuffle_buffer)
+        self.rows = corpus.TokenisedStream(rows, samples.encoder, name) if samples.encoder else rows
+        self.samples, self.finish = samples, finish
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch."""
@@ -212,7 +262,7 @@ class _Stream(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         for row in self.rows:
             sample = self.samples(row)
-            yield self.fit(sample) if self.fit else sample
+            yield self.finish(sample) if self.finish else sample
 
 
 @dataclass(frozen=True)
@@ -221,12 +271,15 @@ class _Collate:
 
     fit: Fit | None
     padding: Mapping[str, int]
+    padding_free: bool
 
     def __call__(self, samples: list[Sample]) -> Batch:
         if self.fit and isinstance(samples[0].get("image"), tv_tensors.Image):
             samples = [self.fit(sample) for sample in samples]
+        if "position_ids" in samples[0]:
+            return laid_out(samples, self.padding["input_ids"], self.padding_free)
         padded = {
-            key: pad_sequence([sample[key] for sample in samples], batch_first=True, padding_value=value)
+            key: language.padded([sample[key] for sample in samples], value)
             for key, value in self.padding.items()
             if key in samples[0]
         }

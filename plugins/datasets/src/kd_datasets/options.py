@@ -11,6 +11,7 @@ from kdcore.errors import did_you_mean
 from kdcore.options import Download, Options
 
 ROLES = ("image", "label", "mask", "text", "text_pair")
+LANGUAGE_ROLES = ("prompt", "completion", "messages", "chosen", "rejected")
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 AUGMENTATIONS = ("random-resized-crop", "random-crop", "flip", "vertical-flip", "rotation", "color-jitter",
                  "randaugment", "trivial-augment", "random-erasing")  # fmt: skip
@@ -45,6 +46,14 @@ class DatasetsOptions(Options):
     mask: str | None = Field(None, description="column of masks: pictures whose values are classes")
     text: str | None = Field(None, description="column of texts")
     text_pair: str | None = Field(None, description="column of second texts")
+    prompt: str | None = Field(None, description="column of prompts of a language model: texts or lists of messages")
+    completion: str | None = Field(None, description="column of their completions: texts or lists of messages")
+    messages: str | None = Field(None, description="column of chats: lists of messages, each with `role` and `content`")
+    chosen: str | None = Field(None, description="column of the preferred answers to the prompts")
+    rejected: str | None = Field(None, description="column of the answers that were not preferred")
+    template: str | None = Field(
+        None, description="Jinja2 template over the fields of a row that makes the prompt, in place of `prompt`"
+    )
     columns: dict[str, str] = Field(
         {}, description="further batch keys: columns of numbers, such as `teacher_logits: logits`"
     )
@@ -64,6 +73,16 @@ class DatasetsOptions(Options):
     )
     tokenizer: str | None = Field(None, description="tokenizer of transformers: folder or Hub id")
     max_length: int | None = Field(None, gt=1, description="tokens of a text that are kept; default: all")
+    truncation: Literal["error", "drop", "keep_start", "keep_end"] = Field(
+        "keep_start",
+        description="of a language model's rows longer than `max_length`: cut their end (keep_start), cut the "
+        "beginning of the prompt (keep_end), leave them out (drop), or refuse them (error)",
+    )
+    train_on: Literal["completion", "all"] = Field(
+        "completion", description="what a language model is to predict: completions and assistant turns, or all tokens"
+    )
+    packing: bool = Field(False, description="fill each row of train with several texts, up to `max_length` tokens")
+    padding_free: bool = Field(False, description="lay the texts of a batch of train end to end in one row")
     in_memory: bool = Field(False, description="keep samples once they are decoded: for data that fits into memory")
     streaming: bool = Field(False, description="read while training, without a local copy; needs train.steps")
     shuffle_buffer: int = Field(1000, gt=0, description="samples of a stream among which the next is drawn")
@@ -75,6 +94,19 @@ class DatasetsOptions(Options):
             if name not in AUGMENTATIONS:
                 raise ValueError(f"unknown step {name!r}; {did_you_mean(name, AUGMENTATIONS, 'steps')}")
         return steps
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> DatasetsOptions:
+        if self.template is not None and (other := self.prompt or self.messages or self.text):
+            raise ValueError(f"`template` makes the prompt, and so does the column {other!r}: leave one of them out")
+        if self.packing and self.max_length is None:
+            raise ValueError("`packing` fills rows up to `max_length` tokens: set `max_length`")
+        if self.packing and self.streaming:
+            raise ValueError("`packing` needs the lengths of all texts, which a stream does not tell: leave one of "
+                             "`packing` and `streaming` out")  # fmt: skip
+        if self.packing and self.padding_free:
+            raise ValueError("rows that are packed need no `padding_free`: leave one of them out")
+        return self
 
     def downloads(self) -> list[Download]:
         """The data set and the tokenizer, as far as they are on the Hub; sizes are told where it answers quickly."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 
-from kd_datasets.options import ROLES, DatasetsOptions, Kind
+from kd_datasets.options import LANGUAGE_ROLES, ROLES, DatasetsOptions, Kind
 from kdcore.data import IGNORE
 from kdcore.errors import DataError, did_you_mean
 
 NEEDS: dict[Kind, str] = {"classification": "label", "multilabel": "label", "regression": "label",
-                          "segmentation": "mask", "causal-lm": "text"}  # fmt: skip
+                          "segmentation": "mask"}  # fmt: skip
+
+Form = Literal["text", "completion", "messages", "preference"]
+FORMS: dict[Form, set[str]] = {"text": {"text"}, "completion": {"prompt", "completion"}, "messages": {"messages"},
+                               "preference": {"prompt", "chosen", "rejected"}}  # fmt: skip
+"""The columns of each form that a language model's data may have; a template stands for a column of prompts."""
 
 
 def column_names(rows: Any) -> list[str]:
@@ -22,17 +27,25 @@ def column_names(rows: Any) -> list[str]:
 
 
 def find_roles(options: DatasetsOptions, available: list[str]) -> dict[str, str]:
-    """`role -> column`: those the options name, or, if they name none, the columns that are named like a role.
+    """`role -> column`: those the options name, or, if they name none, the columns that are named like a role. Those of
+    a language model are found by their names where the task is one, or where there is a tokenizer and nothing else.
 
     Raises:
         DataError: if a column is not there, or no role has one.
     """
-    roles = {role: column for role in ROLES if (column := getattr(options, role))}
+    roles = {role: column for role in (*ROLES, *LANGUAGE_ROLES) if (column := getattr(options, role))}
     for option, column in {**roles, **{f"columns.{key}": column for key, column in options.columns.items()}}.items():
         if column not in available:
             near = did_you_mean(column, available, "columns")
             raise DataError(f"{option}: the data has no column {column!r}; {near} (all: {', '.join(available)})")
-    roles = roles or {role: role for role in ROLES if role in available}
+    if not roles:
+        roles = {role: role for role in ROLES if role in available}
+        if options.template is not None:
+            roles.pop("text", None)
+        if "text" not in roles and (
+            options.task == "causal-lm" or (not options.task and not roles and options.tokenizer)
+        ):
+            roles |= _language_roles(options, available)
     if not roles and not options.columns:
         raise DataError(
             f"say which column is what (`image:`, `label:`, `text:` …); the columns: {', '.join(available)}"
@@ -40,19 +53,56 @@ def find_roles(options: DatasetsOptions, available: list[str]) -> dict[str, str]
     return roles
 
 
+def _language_roles(options: DatasetsOptions, available: list[str]) -> dict[str, str]:
+    """The columns of the one form that is complete. Raises `DataError` where several are."""
+    forms: list[Form] = ["completion", "preference"] if options.template is not None else [*FORMS]
+    complete = [wanted for form in forms if (wanted := _columns(form, options)) <= set(available)]
+    if len(complete) > 1:
+        found = " or ".join(", ".join(sorted(wanted)) for wanted in complete)
+        raise DataError(f"the data has several columns to learn from: name those to be used ({found})")
+    return {role: role for wanted in complete for role in LANGUAGE_ROLES if role in wanted}
+
+
+def _columns(form: Form, options: DatasetsOptions) -> set[str]:
+    return FORMS[form] - ({"prompt"} if options.template is not None else set())
+
+
+def find_form(options: DatasetsOptions, roles: Mapping[str, str]) -> Form:
+    """Which form a language model's data has.
+
+    Raises:
+        DataError: if the columns are those of no form, or of several.
+    """
+    given = {role for role in ("text", *LANGUAGE_ROLES) if role in roles}
+    for form in FORMS:
+        if given == _columns(form, options):
+            return form
+    prompt = "`template`" if options.template is not None else "`prompt` (or `template`)"
+    found = ", ".join(f"`{role}`" for role in sorted(given)) or "none of them"
+    raise DataError(f"a language model's data is `text`, `messages`, {prompt} and `completion`, or {prompt}, `chosen` "
+                    f"and `rejected`; found: {found}. Set the columns that are "
+                    "missing, and leave out the others")  # fmt: skip
+
+
 def find_kind(options: DatasetsOptions, roles: Mapping[str, str], feature: Any) -> Kind:
     """The kind of task: the option, or what the columns and the feature of the label suggest.
 
     Raises:
-        DataError: if the kind needs a column that no role has.
+        DataError: if the kind needs a column that no role has, or has no use for one.
     """
     kind = options.task or _suggested(options, roles, feature)
     if (needed := NEEDS.get(kind)) and needed not in roles:
         raise DataError(f"a task of kind {kind!r} needs a column of {needed}s: set `{needed}:`")
+    if kind != "causal-lm" and (strange := next((role for role in LANGUAGE_ROLES if role in roles), None)):
+        raise DataError(
+            f"{strange}: only a language model (`task: causal-lm`) learns from such a column; the task is {kind!r}"
+        )
     return kind
 
 
 def _suggested(options: DatasetsOptions, roles: Mapping[str, str], feature: Any) -> Kind:
+    if any(role in roles for role in LANGUAGE_ROLES):
+        return "causal-lm"
     if "mask" in roles:
         return "segmentation"
     if "label" in roles:

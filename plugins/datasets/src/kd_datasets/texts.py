@@ -39,12 +39,8 @@ def tokens(tokenizer: Any, text: str, pair: str | None, max_length: int | None) 
     return {key: torch.tensor(encoded[key], dtype=torch.long) for key in TOKEN_KEYS if key in encoded}
 
 
-def next_tokens(ids: Tensor) -> Tensor:
-    """Int `[T]`: at each position the token that follows, `IGNORE` at the last."""
-    return torch.cat([ids[1:], ids.new_full((1,), IGNORE)])[: len(ids)]
-
-
 def paddings(tokenizer: Any) -> dict[str, int]:
     """What shorter texts of a batch are filled up with, by batch key."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {"input_ids": pad or 0, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
+    one = {"input_ids": pad or 0, "attention_mask": 0, "labels": IGNORE}
+    return {**one, "token_type_ids": 0, **{f"ranked_{key}": value for key, value in one.items()}}
