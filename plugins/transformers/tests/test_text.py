@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 import kdcore
 from kd_transformers.options import TextOptions
-from kd_transformers.text import TransformersText, draw, penalised
+from kd_transformers.text import TransformersText
+from kd_transformers.writing import draw, penalised
 from kdcore import Component, GenerateStage, Method, Roles, Sampling, folder
 from kdcore.errors import DataError, ModelError, RunFailed
 from kdcore.options import Download

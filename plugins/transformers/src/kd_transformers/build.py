@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 import transformers
 from torch import nn
 
+from kd_transformers.adapters import adapt, find_adapter, with_adapter
 from kd_transformers.call import Call
 from kd_transformers.configs import fit_config, has_weights, labels_of, load_config
 from kd_transformers.heads import Head, choose_head
 from kd_transformers.images import default_settings, normaliser
 from kd_transformers.options import CheckpointOptions, TransformersOptions
+from kd_transformers.quantized import is_quantized, quantization, settle
 from kd_transformers.source import Source, explained, find_source
+from kd_transformers.writing import Writer
 from kdcore.data import Task, vocabulary_fingerprint
 from kdcore.errors import ModelError
 from kdcore.models import Model
@@ -34,21 +38,33 @@ def build(options: TransformersOptions, task: Task) -> Model:
         ModelError: if the model cannot be had, has no such head, or does not fit the task.
     """
     source = find_source(options)
-    config = load_config(options, source, task)
+    adapter = find_adapter(source)
+    places = [adapter.source, adapter.base] if adapter else [source] if source else []
+    config = load_config(options, adapter.described if adapter else source, task)
     head = choose_head(options.head, task, config)
-    tokenizer = source.tokenizer() if source else None
+    tokenizer = next((found for place in places if (found := place.tokenizer()) is not None), None)
     vocabulary = _vocabulary(tokenizer, task, head, source)
     tokenizer = tokenizer or task.tokenizer
     fit_config(config, head, task, source, options, tokenizer)
-    module = _load(options, source, config, head)
+    module, fresh = _load(options, source, config, head)
+    saved: Any = module
+    if options.lora:
+        base = adapter.base if adapter else source
+        saved = adapt(module, head, options.lora, fresh, base, adapter)
+    elif is_quantized(module):
+        module.requires_grad_(False)
+    if options.gradient_checkpointing:
+        _compute_again(module, inputs=options.lora is not None)
     settings: dict[str, Any] | None = None
     if module.main_input_name == "pixel_values":
-        settings = (source.image_settings() if source else None) or default_settings(config)
+        settings = next(filter(None, (place.image_settings() for place in places)), None) or default_settings(config)
     if head.name == "encoder" and getattr(module, "pooler", None) is not None:
         module.pooler.requires_grad_(False)  # the embedding comes from the tokens: the pooler would get no gradient
-    call = Call(module, head, options.pooling, normaliser(settings or {}))
+    call = Call(module, head, options.pooling, normaliser(settings or {}), options.attentions)
     labels = labels_of(config, head, task, vocabulary)
-    return Model(module, call, save=Saver(module, tokenizer, settings).save, labels=labels, stages=stages_of(module))
+    writer = Writer(module, tokenizer) if head.name == "causal-lm" else None
+    return Model(module, call, save=Saver(saved, tokenizer, settings).save, labels=labels, stages=stages_of(module),
+                 writer=writer, tokenizer=tokenizer)  # fmt: skip
 
 
 def _vocabulary(tokenizer: Any, task: Task, head: Head, source: Source | None) -> str | None:
@@ -68,12 +84,25 @@ def _vocabulary(tokenizer: Any, task: Task, head: Head, source: Source | None) -
     return found
 
 
-def _load(options: TransformersOptions, source: Source | None, config: Any, head: Head) -> Any:
-    """The network, with loaded or fresh weights."""
+def build_student(options: TransformersOptions, task: Task) -> Model:
+    """As `build`, of a model that is trained.
+
+    Raises:
+        ModelError: as `build`, and if nothing of it could be trained.
+    """
+    model = build(options, task)
+    if options.lora is None and is_quantized(model.module):
+        raise ModelError("quantization: quantised weights cannot be trained; add `lora: {merge: false}` to train "
+                         "adapters beside them, or give a model that is not quantised")  # fmt: skip
+    return model
+
+
+def _load(options: TransformersOptions, source: Source | None, config: Any, head: Head) -> tuple[Any, list[str]]:
+    """The network, with loaded or fresh weights; and the names of those that are fresh where others were loaded."""
     if not has_weights(source, options) or source is None:
         config.architectures = list(head.classes_for(config)[:1])  # a few types have several classes for a head
         with explained(f"a {config.model_type!r} model"):
-            return getattr(transformers, head.auto).from_config(config, **_arguments(options))
+            return getattr(transformers, head.auto).from_config(config, **_arguments(options)), []
     module, info = load_weights(options, source, config, head)
     for key, saved, wanted in info["mismatched_keys"]:
         if not options.new_head or saved[1:] != wanted[1:] or wanted[0] != config.num_labels:
@@ -81,21 +110,47 @@ def _load(options: TransformersOptions, source: Source | None, config: Any, head
                 f"{source.where}: the weights {key!r} have the shape {list(saved)}, the config asks for "
                 f"{list(wanted)}: leave `config` as it is there, or set `pretrained: false`"
             )
-    return module
+    return module, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
 
 
 def load_weights(options: CheckpointOptions, source: Source, config: Any, head: Head) -> tuple[Any, dict[str, Any]]:
-    """The network with the weights of a source, and what did not fit. Raises `ModelError` if it cannot be had."""
-    with explained(f"the model {source.where!r}"):
-        found: tuple[Any, dict[str, Any]] = getattr(transformers, head.auto).from_pretrained(
-            source.where, config=config, revision=source.revision, use_safetensors=True, output_loading_info=True,
+    """The network with the weights of a source, and what did not fit. Adapters that lie there are added in, unless
+    they are to be trained on. Raises `ModelError` if it cannot be had."""
+    adapter = find_adapter(source)
+    base = adapter.base if adapter else source
+    with explained(f"the model {base.where!r}"):
+        module, info = getattr(transformers, head.auto).from_pretrained(
+            base.where, config=config, revision=base.revision, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **_arguments(options),
+            **quantization(options.quantization, DTYPES[options.dtype]),
         )  # fmt: skip
-    return found
+    if is_quantized(module):
+        settle(module)
+    if adapter:
+        info["missing_keys"] = {key for key in info["missing_keys"] if not adapter.holds(key)}
+        info["mismatched_keys"] = {entry for entry in info["mismatched_keys"] if not adapter.holds(entry[0])}
+        if getattr(options, "lora", None) is None:
+            module = with_adapter(module, adapter)
+    return module, info
+
+
+def _compute_again(module: Any, inputs: bool) -> None:
+    """Have each block computed again in the backward pass; the embeddings' `inputs` must require a gradient where
+    the weights before the first adapter do not. Raises `ModelError` if the type of model cannot."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its other name is not in all versions
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"gradient_checkpointing: {type(module).__name__} does not support it; leave it "
+                         "out") from error  # fmt: skip
+    if inputs:
+        module.enable_input_require_grads()
 
 
 def _arguments(options: CheckpointOptions) -> dict[str, Any]:
-    kernel = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    name = options.attn_implementation or ("eager" if getattr(options, "attentions", False) else None)
+    kernel = {"attn_implementation": name} if name else {}
     return {"dtype": DTYPES[options.dtype], "trust_remote_code": options.trust_remote_code, **kernel}
 
 
@@ -104,7 +159,7 @@ class Saver:
     """Writes a model with what stood beside it, so that `from_pretrained(folder)` alone loads it.
 
     Args:
-        module: the network.
+        module: the network, or what is saved in its place.
         tokenizer: its tokenizer, where there is one.
         settings: of its image processor, where it reads images.
     """

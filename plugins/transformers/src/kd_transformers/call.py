@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kd_transformers.heads import Head, is_decoder_only
 from kd_transformers.images import Normalise
+from kd_transformers.packed import takes_packed
 from kdcore.errors import ModelError
 from kdcore.models import Batch, Outputs
 
@@ -27,15 +28,21 @@ class Call:
         head: what it predicts.
         pooling: how `encoder` pools.
         normalise: for images.
+        attentions: whether the attention maps are given, as `extras["attentions"]`.
     """
 
-    def __init__(self, module: Any, head: Head, pooling: Literal["mean", "cls"], normalise: Normalise) -> None:
+    def __init__(
+        self, module: Any, head: Head, pooling: Literal["mean", "cls"], normalise: Normalise, attentions: bool = False
+    ) -> None:
+        self.extra = {"output_attentions": True} if attentions else {}
         self.head, self.pooling, self.normalise = head, pooling, normalise
         self.config = module.config
         self.accepted = set(inspect.signature(module.forward).parameters)
         self.reads = "image" if module.main_input_name == "pixel_values" else "input_ids"
         self.decoder_only = is_decoder_only(module.config)
         self.caught: Tensor | None = None
+        self.apart = head.name == "causal-lm" and last_linear(module) is not None
+        self.packed: bool | None = None
         if head.pooled:
             for layer in module.modules():
                 if isinstance(layer, nn.Linear) and layer.out_features == module.config.num_labels:
@@ -56,13 +63,21 @@ class Call:
         self.caught = None
         inputs = self._image(module, batch["image"]) if self.reads == "image" else self._text(module, batch)
         try:
-            found = module(**inputs)
+            if self.apart:
+                found = module.base_model(**inputs, **self.extra)
+                head = module.get_output_embeddings()
+                return Outputs(embedding=found.last_hidden_state, head=head, extras=self._extras(found))
+            found = module(**inputs, **self.extra)
         except ValueError as error:
             raise ModelError(f"{type(module).__name__} cannot take this batch of "
                              f"{self.reads} {list(batch[self.reads].shape)}: {error}") from error  # fmt: skip
         if self.head.name == "encoder":
             return Outputs(embedding=self._pool(module, found, inputs))
-        return Outputs(logits=found.logits, embedding=self._embedding(found.logits, inputs))
+        return Outputs(logits=found.logits, embedding=self._embedding(found.logits, inputs), extras=self._extras(found))
+
+    def _extras(self, found: Any) -> dict[str, Any]:
+        maps = getattr(found, "attentions", None) if self.extra else None
+        return {"attentions": list(maps)} if maps else {}
 
     def _image(self, module: Any, image: Tensor) -> dict[str, Any]:
         channels = getattr(self.config, "num_channels", image.shape[1])
@@ -75,18 +90,33 @@ class Call:
     def _text(self, module: Any, batch: Batch) -> dict[str, Any]:
         ids = batch["input_ids"]
         longest = getattr(self.config, "max_position_embeddings", None) or -1  # XLNet says -1 for no limit
-        if 0 < longest < ids.shape[1]:
-            raise ModelError(f"{type(module).__name__} reads at most {longest} tokens, the batch has {ids.shape[1]}: "
+        length = ids.shape[1]
+        if length > longest > 0 and "position_ids" in batch:
+            length = int(batch["position_ids"].max()) + 1  # a row of several texts
+        if 0 < longest < length:
+            raise ModelError(f"{type(module).__name__} reads at most {longest} tokens, the batch has {length}: "
                              "shorten the texts in the data (`max_length`)")  # fmt: skip
         inputs = {key: batch[key] for key in TEXT_KEYS if key in batch and key in self.accepted}
-        inputs.setdefault("attention_mask", torch.ones_like(ids))
-        if self.decoder_only and "position_ids" in self.accepted:
+        if "position_ids" in batch:
+            inputs |= self._packed(module, batch)
+        else:
+            inputs.setdefault("attention_mask", torch.ones_like(ids))
+        if self.decoder_only and "position_ids" not in inputs and "position_ids" in self.accepted:
             inputs["position_ids"] = _positions(inputs["attention_mask"])
         if "use_cache" in self.accepted:
             inputs["use_cache"] = False
         if self.head.name == "seq2seq" and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = self._shifted(module, batch)
         return inputs
+
+    def _packed(self, module: Any, batch: Batch) -> dict[str, Any]:
+        """Rows of several texts: the model finds them by their positions, where it has no mask."""
+        if self.packed is None:
+            self.packed = self.decoder_only and takes_packed(module)
+        if not self.packed:
+            raise ModelError(f"{type(module).__name__} does not tell apart the texts of a packed row: set `packing` "
+                             "and `padding_free` of the data to false, or another `attn_implementation`")  # fmt: skip
+        return {"position_ids": batch["position_ids"], "attention_mask": None}
 
     def _shifted(self, module: Any, batch: Batch) -> Tensor:
         if "labels" not in batch or not hasattr(module, "prepare_decoder_input_ids_from_labels"):
@@ -118,6 +148,34 @@ class Call:
             return hidden.mean(1)  # type: ignore[no-any-return]
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def last_linear(module: Any) -> nn.Linear | None:
+    """The linear layer by which a language model makes its logits, if nothing comes after it and nothing but it after
+    the hidden states of the network below: tried on two tokens."""
+    head = module.get_output_embeddings()
+    if type(head) is not nn.Linear or module.base_model is module or not head.weight.is_floating_point():
+        return None
+    entered: list[Tensor] = []
+
+    def scaled(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        entered.append(inputs[0])
+        return output + 1000 * torch.arange(output.shape[-1], device=output.device, dtype=output.dtype)
+
+    was_training, ids = module.training, torch.tensor([[0, 1]], device=module.device)
+    handle = head.register_forward_hook(scaled)
+    module.eval()
+    try:
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        logits, hidden = module(**inputs).logits, module.base_model(**inputs).last_hidden_state
+        plain = torch.equal(logits.float(), head(hidden).float()) and torch.equal(entered[0], hidden)
+    except Exception:  # a model of another kind: it is called as a whole
+        return None
+    finally:
+        handle.remove()
+        module.train(was_training)
+    return head if plain else None
 
 
 def _positions(mask: Tensor) -> Tensor:

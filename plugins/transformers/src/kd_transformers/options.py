@@ -28,7 +28,10 @@ class CheckpointOptions(Options):
     )
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="type of the weights; the half types are for teachers"
+        "fp32", description="type of the weights; the half types are for teachers, and for a student under `lora`"
+    )
+    quantization: Literal["int8", "int4"] | None = Field(
+        None, description="hold the weights in 8 bits, or in 4 (NF4), by bitsandbytes; a student needs `lora` then"
     )
     attn_implementation: str | None = Field(
         None, description="attention kernel, such as eager, sdpa or flash_attention_2; default: the library's choice"
@@ -49,6 +52,25 @@ class CheckpointOptions(Options):
         return [Download(self.model, "Hugging Face Hub", _hub_size(self.model, self.revision, self.wants_weights))]
 
 
+class LoraOptions(Options):
+    """Low-rank adapters beside frozen weights, by peft."""
+
+    r: int = Field(16, gt=0, description="rank of an adapter")
+    alpha: float = Field(64.0, gt=0, description="an adapter's output is scaled by alpha / r")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in front of an adapter")
+    target_modules: tuple[str, ...] | Literal["all-linear"] | None = Field(
+        None, description="names, or ends of names, of the layers that get one; default: peft's for the type of model"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="modules trained whole, besides the classification head and what the checkpoint does not hold"
+    )
+    merge: bool = Field(
+        True, description="save a plain model with the adapters added in; false: save the adapters alone"
+    )
+
+
 class TransformersOptions(CheckpointOptions):
     """A model of the transformers library: from the Hub, from a local folder, or from a config alone."""
 
@@ -64,6 +86,13 @@ class TransformersOptions(CheckpointOptions):
     pooling: Literal["mean", "cls"] = Field(
         "mean", description="embedding of the head `encoder`: mean over the tokens, or the first token"
     )
+    lora: LoraOptions | None = Field(None, description="train low-rank adapters instead of the weights")
+    attentions: bool = Field(
+        False, description="give the attention maps too, `[B, H, T, T]` of each layer; sets the kernel `eager`"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute each block again in the backward pass: less memory, a third more time"
+    )
 
     @property
     def wants_weights(self) -> bool:
@@ -76,6 +105,19 @@ class TransformersOptions(CheckpointOptions):
             raise ValueError("give `model` (Hub id or folder), `checkpoint` (folder), or `config` with a `model_type`")
         if self.model is not None and "model_type" in self.config:
             raise ValueError("`model` already says which type of model it is: leave `config.model_type` out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_base(self) -> TransformersOptions:
+        fresh = self.checkpoint is None and (self.model is None or not self.pretrained)
+        alone = self.lora is not None and not self.lora.merge
+        if fresh and self.quantization:
+            raise ValueError("`quantization` is for weights that are loaded: give `model` or `checkpoint`")
+        if fresh and alone:
+            raise ValueError("`lora.merge: false` saves no weights but the adapters', and fresh weights lie nowhere "
+                             "else: give `model` or `checkpoint`, or set `lora.merge: true`")  # fmt: skip
+        if self.quantization and self.lora is not None and self.lora.merge:
+            raise ValueError("adapters cannot be added into quantised weights without loss: set `lora.merge: false`")
         return self
 
 

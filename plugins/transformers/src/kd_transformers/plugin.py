@@ -30,7 +30,7 @@ def _component(kind: Kind) -> Component:
     return Component(
         kind,
         "transformers",
-        target="kd_transformers.build:build",
+        target="kd_transformers.build:build_student" if kind == "student" else "kd_transformers.build:build",
         options="kd_transformers.options:TransformersOptions",
         summary="a Hugging Face transformers model, from the Hub, a folder or a config",
         tags=("text", "image", "classification", "segmentation", "language-model", "embedding"),

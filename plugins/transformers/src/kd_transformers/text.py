@@ -8,27 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from kd_transformers.adapters import find_adapter
 from kd_transformers.build import load_weights
 from kd_transformers.configs import check_kernel
 from kd_transformers.heads import HEADS, is_decoder_only
 from kd_transformers.options import TextOptions
 from kd_transformers.source import explained, find_source
-from kdcore.data import Task, derive_seed
+from kd_transformers.writing import Draw, generation_settings, uniform
+from kdcore.data import Task
 from kdcore.errors import DataError, ModelError, RunFailed
 from kdcore.options import Sampling
 from kdcore.text import Answer, Prompt, TextTeacher, misfit
-
-KEPT = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "forced_bos_token_id", "pad_token_id")
-"""What of a model's generation settings stays; how answers are drawn, `Sampling` alone says."""
 
 
 class TransformersText(TextTeacher):
@@ -54,8 +46,10 @@ class TransformersText(TextTeacher):
         source = find_source(options)
         if source is None:
             raise ModelError("transformers-text needs a `model` or a `checkpoint`")
-        with explained(f"the config of {source.where!r}"):
-            self.config = AutoConfig.from_pretrained(source.where, **source.arguments)
+        adapter = find_adapter(source)
+        described = adapter.described if adapter else source
+        with explained(f"the config of {described.where!r}"):
+            self.config = AutoConfig.from_pretrained(described.where, **described.arguments)
             check_kernel(self.config, options)
         self.decoder_only = not getattr(self.config, "is_encoder_decoder", False)
         head = HEADS["causal-lm" if self.decoder_only else "seq2seq"]
@@ -76,13 +70,12 @@ class TransformersText(TextTeacher):
 
     def _settle(self) -> None:
         """Which tokens begin, end and pad; nothing else of the model's own generation settings."""
-        ours = GenerationConfig(**{name: getattr(self.module.generation_config, name, None) for name in KEPT})
-        ends = self.tokenizer.eos_token_id if ours.eos_token_id is None else ours.eos_token_id
-        pad = self.tokenizer.pad_token_id if ours.pad_token_id is None else ours.pad_token_id
+        ours = generation_settings(self.module, self.tokenizer)
+        ends, pad = ours.eos_token_id, ours.pad_token_id
         self.ends: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self.blanks = [] if pad is None else [pad]
-        self.pad: int = next(iter([*self.blanks, *self.ends]), 0)
-        ours.eos_token_id, ours.pad_token_id = self.ends or None, self.pad
+        own = (getattr(self.module.generation_config, "pad_token_id", None), self.tokenizer.pad_token_id)
+        self.blanks = [] if own == (None, None) else [pad]
+        self.pad: int = pad
         self.module.generation_config = ours
         if not self.decoder_only and ours.decoder_start_token_id is None and ours.bos_token_id is None:
             raise ModelError(f"{self.name} does not say with which token an answer begins: set decoder_start_token_id "
@@ -110,7 +103,7 @@ class TransformersText(TextTeacher):
         for attempt in range(self.options.retries + 1):
             open_rows = [row for row in rows if row not in answers]
             for chunk in _chunks(open_rows, self.options.batch_size):
-                numbers = [_uniform(sampling.max_tokens, seeds[i], j, attempt) for i, j in chunk]
+                numbers = [uniform(sampling.max_tokens, seeds[i], j, attempt) for i, j in chunk]
                 written = self._write([tokens[i] for i, _ in chunk], torch.stack(numbers), sampling)
                 fits = [sampling.json_schema is None or misfit(a.text, sampling.json_schema) is None for a in written]
                 answers |= {row: a for row, a, good in zip(chunk, written, fits, strict=True) if good}
@@ -158,7 +151,7 @@ class TransformersText(TextTeacher):
             max_new_tokens=sampling.max_tokens, do_sample=False, logits_processor=LogitsProcessorList([draw]),
             stopping_criteria=StoppingCriteriaList(over),
         )  # fmt: skip
-        logprobs = torch.stack(draw.logprobs, 1).tolist()
+        logprobs = torch.stack(draw.logprobs, 1).tolist() if sampling.logprobs else [[]] * len(contexts)
         written = zip(contexts, found[:, start:].tolist(), logprobs, strict=True)
         return [self._answer(*row, sampling) for row in written]
 
@@ -181,32 +174,6 @@ class TransformersText(TextTeacher):
         return text
 
 
-class Draw(LogitsProcessor):  # type: ignore[misc]
-    """Draws each row's next token with the row's own random numbers, and leaves no other to choose.
-
-    Args:
-        sampling: how.
-        numbers: `[B, T]`, uniform in [0, 1): one for each row and step.
-        start: how many tokens stand before an answer.
-
-    Attributes:
-        logprobs: for each step, the log-probability `[B]` of what was drawn, as the model has it.
-    """
-
-    def __init__(self, sampling: Sampling, numbers: Tensor, start: int) -> None:
-        self.sampling, self.numbers, self.start = sampling, numbers, start
-        self.logprobs: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores `[B, V]` that are 0 for the token drawn and -inf for all others."""
-        s, logits = self.sampling, scores.float()
-        number = self.numbers[:, len(self.logprobs)].to(logits.device)
-        changed = penalised(logits, input_ids[:, self.start :], s.presence_penalty, s.frequency_penalty)
-        drawn = draw(changed, number, s.temperature, s.top_p).unsqueeze(1)
-        self.logprobs.append(logits.log_softmax(1).gather(1, drawn).squeeze(1))
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
-
-
 class SaidStop(StoppingCriteria):  # type: ignore[misc]
     """Whether a row's answer holds a text at which it ends.
 
@@ -226,34 +193,6 @@ class SaidStop(StoppingCriteria):  # type: ignore[misc]
         """Whether each row `[B]` of the tokens `[B, T]` is done."""
         said = [self.text(*row) for row in zip(self.prompts, input_ids[:, self.start :].tolist(), strict=True)]
         return torch.tensor([any(stop in text for stop in self.stops) for text in said], device=input_ids.device)
-
-
-def penalised(logits: Tensor, written: Tensor, presence: float, frequency: float) -> Tensor:
-    """Logits `[B, V]` less the penalties for each token that is in `written` `[B, T]` already."""
-    if not presence and not frequency:
-        return logits
-    counts = torch.zeros_like(logits).scatter_add(1, written, torch.ones_like(written, dtype=logits.dtype))
-    return logits - presence * (counts > 0) - frequency * counts
-
-
-def draw(logits: Tensor, number: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Tokens `[B]` drawn from logits `[B, V]` by inverting the distribution function at `number` `[B]` in [0, 1)."""
-    if temperature == 0:
-        return logits.argmax(1)
-    chances = (logits / temperature).softmax(1)
-    if top_p < 1:
-        ordered, order = chances.sort(stable=True, dim=1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(1) - ordered >= top_p, 0.0)
-        chances = torch.zeros_like(chances).scatter(1, order, ordered)
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    heights = chances.to(exact).cumsum(1)
-    reached = heights[:, -1:] * number.to(exact).unsqueeze(1)
-    return torch.searchsorted(heights, reached, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-
-
-def _uniform(count: int, *parts: int) -> Tensor:
-    """Random numbers in [0, 1) that depend on the parts and on nothing else."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(derive_seed(*parts)), dtype=torch.float64)
 
 
 def _chunks(rows: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
