@@ -171,6 +171,8 @@ class TextMatching(TrainStage):
         """New texts after every `interval` learners, in clusters that the last learner sees; then a fresh learner after
         every `inner` steps."""
         o, step = self.options, self.progress.step
+        if o.lm_lambda == 1:
+            return
         self.learner.model.eval()
         if step % (o.inner * o.interval) == 0:
             for label in range(self.classes):
@@ -269,9 +271,9 @@ class TextMatching(TrainStage):
         return [int(i) for i in order[:count]]
 
     def after_step(self) -> None:
-        """Train the learner on real texts, but not after its last step."""
+        """Train the learner on real texts, but not after its last step, nor where there is nothing to match."""
         o, turn = self.options, self.progress.step % self.options.inner
-        if turn + 1 == o.inner:
+        if turn + 1 == o.inner or o.lm_lambda == 1:
             return
         for number in range(o.learner_steps):
             rows = self._random(o.learner_batch, "learner", number)

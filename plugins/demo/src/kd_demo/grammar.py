@@ -63,6 +63,11 @@ def sentence(rng: random.Random, theme: int, confusion: float) -> str:
     return " ".join(_word(rng, slot, theme, confusion) for slot in rng.choice(TEMPLATES)) + " ."
 
 
+def nouns(theme: int) -> list[str]:
+    """The nouns of a theme."""
+    return _WORDS[theme][0]
+
+
 def _word(rng: random.Random, slot: str, theme: int, confusion: float) -> str:
     if slot in _COMMON:
         return rng.choice(_COMMON[slot])

@@ -66,6 +66,7 @@ class SentencesOptions(GeneratedOptions):
         0.1, ge=0, le=1, description="probability that a noun or verb comes from a random other theme"
     )
     longest: int = Field(3, ge=1, description="sentences in the longest text; all of one theme")
+    prompt: int = Field(0, ge=0, description="nouns of the theme that are a prompt before each text; it does not count")
 
 
 class HeartbeatsOptions(GeneratedOptions):

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 from kd_demo.columns import Columns
-from kd_demo.grammar import THEME_LIST, TOKENIZER, TOPICS, sentence
+from kd_demo.grammar import THEME_LIST, TOKENIZER, TOPICS, nouns, sentence
 from kd_demo.options import GeneratedOptions, SentencesOptions, TopicsOptions
 from kdcore.data import IGNORE, DataModule, Task, derive_seed
 
@@ -40,6 +40,8 @@ def sentences(options: SentencesOptions) -> DataModule:
     for name, count in _counts(options).items():
         ids = [_text(_rng("sentences", options, name, i), options) for i in range(count)]
         following = [torch.cat([row[1:], torch.tensor([IGNORE])]) for row in ids]
+        for row in following:
+            row[: options.prompt] = IGNORE
         splits[name] = Columns(input_ids=ids, attention_mask=_ones(ids), labels=following)
     task = Task("causal-lm", num_classes=len(TOKENIZER), tokenizer=TOKENIZER, vocabulary=TOKENIZER.fingerprint)
     return DataModule(splits, task, collate=collate)
@@ -57,7 +59,9 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _text(rng: random.Random, options: SentencesOptions) -> Tensor:
     theme = rng.randrange(len(THEME_LIST))
-    text = " ".join(sentence(rng, theme, options.confusion) for _ in range(rng.randint(1, options.longest)))
+    about = [rng.choice(nouns(theme)) for _ in range(options.prompt)]
+    told = [sentence(rng, theme, options.confusion) for _ in range(rng.randint(1, options.longest))]
+    text = " ".join([*about, *told])
     return torch.tensor([TOKENIZER.start_id, *TOKENIZER.encode(text), TOKENIZER.end_id])
 
 
