@@ -37,6 +37,27 @@ def test_a_method_trains_on_the_gpu_and_its_student_reloads(method, precision, t
         torch.testing.assert_close({k: v.cpu() for k, v in ours.items()}, {k: v.cpu() for k, v in theirs.items()})
 
 
+@pytest.mark.parametrize("name", ["fkl", "rkl", "jsd", "srkl"])
+def test_a_divergence_over_a_large_vocabulary_is_that_of_all_positions_at_once(name):
+    from kd_llm_kd_suite.functional import DIVERGENCES
+    from kd_llm_kd_suite.losses import Divergence
+    from kdcore.models import Outputs
+
+    torch.manual_seed(0)
+    heads = [torch.nn.Linear(64, 50_000, bias=False, device="cuda") for _ in range(2)]
+    hidden = [torch.randn(4, 512, 64, device="cuda", requires_grad=i == 0) for i in range(2)]
+    labels = torch.randint(0, 50_000, (4, 512), device="cuda").masked_fill(torch.rand(4, 512).cuda() < 0.3, -100)
+    kept = labels != -100
+    whole = DIVERGENCES[name](heads[0](hidden[0])[kept], heads[1](hidden[1])[kept]).mean()
+    wanted = [hidden[0], heads[0].weight]
+    expected = torch.autograd.grad(whole, wanted)
+    outputs = [Outputs(embedding=x, head=head) for x, head in zip(hidden, heads, strict=True)]
+    found = Divergence(name)(*outputs, {"labels": labels})
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
+    for one, two in zip(torch.autograd.grad(found, wanted), expected, strict=True):
+        assert (one - two).norm() < 1e-3 * two.norm()
+
+
 class InterruptAt:
     def __init__(self, step: int) -> None:
         self.step = step

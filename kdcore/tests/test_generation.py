@@ -21,17 +21,23 @@ def pending():
 
 def test_pending_logits_are_made_once_when_they_are_read():
     outputs, head = pending()
-    assert outputs.pending and outputs.classes == 7 and outputs.gives("logits")
+    assert outputs.pending
+    assert outputs.classes == 7
+    assert outputs.gives("logits")
     assert outputs.pending  # asking what it gives makes nothing
     made = outputs.need("logits")
-    assert torch.equal(made, head(outputs.embedding)) and outputs.logits is made and not outputs.pending
+    assert torch.equal(made, head(outputs.embedding))
+    assert outputs.logits is made
+    assert not outputs.pending
 
 
 def test_logits_that_replace_others_stay():
     outputs, _ = pending()
     other = torch.zeros(2, 3, 7)
     assert replace(outputs, logits=other).logits is other
-    assert Outputs().logits is None and not Outputs().gives("logits") and Outputs().classes is None
+    assert Outputs().logits is None
+    assert not Outputs().gives("logits")
+    assert Outputs().classes is None
 
 
 def test_detached_outputs_give_the_head_no_gradient():
@@ -66,7 +72,8 @@ I = IGNORE  # noqa: E741
 def test_rows_are_split_at_the_first_label_and_joined_again():
     given = batch([[5, 6, 7, 8, 0], [9, 3, 2, 0, 0]], [[I, 7, 8, I, I], [3, 2, I, I, I]], text=["a", "b"])
     prompts, answers = split_rows(given)
-    assert prompts == [[5, 6], [9]] and answers == [[7, 8], [3, 2]]
+    assert prompts == [[5, 6], [9]]
+    assert answers == [[7, 8], [3, 2]]
     joined = join_rows(prompts, answers, given)
     assert joined["input_ids"].tolist() == [[5, 6, 7, 8], [9, 3, 2, 0]]
     assert joined["labels"].tolist() == [[I, 7, 8, I], [3, 2, I, I]]
@@ -102,6 +109,8 @@ def test_a_model_writes_in_evaluation_mode_and_is_left_in_its_own():
 
     model = Model(nn.Linear(1, 1), writer=writer).train()
     made = respond(model, batch([[5, 6, 7]], [[I, 7, I]]), Sampling(max_tokens=2), 0, 4)
-    assert modes == [False] and model.training and made["input_ids"].shape == (1, 4)
+    assert modes == [False]
+    assert model.training
+    assert made["input_ids"].shape == (1, 4)
     with pytest.raises(ModelError, match="writes no tokens"):
         Model(nn.Linear(1, 1)).write([[1]], Sampling(), [0])

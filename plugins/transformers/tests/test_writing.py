@@ -48,7 +48,8 @@ def test_dropout_is_off_and_no_random_state_is_touched():
     before = torch.get_rng_state()
     first = made.write(CONTEXTS, Sampling(max_tokens=6), SEEDS)
     assert torch.equal(before, torch.get_rng_state())
-    assert first == made.write(CONTEXTS, Sampling(max_tokens=6), SEEDS) and made.module.training
+    assert first == made.write(CONTEXTS, Sampling(max_tokens=6), SEEDS)
+    assert made.module.training
 
 
 def test_a_row_ends_with_its_end_token_or_at_its_limit():
@@ -57,7 +58,8 @@ def test_a_row_ends_with_its_end_token_or_at_its_limit():
         made.module.lm_head.weight[3] *= 30  # the end token is likely
     written = made.write(CONTEXTS * 10, Sampling(max_tokens=12), list(range(30)))
     ended = [row for row in written if 3 in row]
-    assert len(ended) > 3 and all(row.index(3) == len(row) - 1 for row in ended)
+    assert len(ended) > 3
+    assert all(row.index(3) == len(row) - 1 for row in ended)
     limited = model().write(CONTEXTS, Sampling(max_tokens=12), SEEDS, limits=[1, 4, 2])
     assert [len(row) for row in limited] <= [1, 4, 2]
 
