@@ -7,8 +7,10 @@ arXiv 2306.17492), Ouyang et al. 2022 (reward models, arXiv 2203.02155).
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from kd_llm_kd_suite import functional
@@ -18,6 +20,7 @@ from kdcore.data import IGNORE, DataModule
 from kdcore.errors import DataError
 from kdcore.generation import Sampler, respond
 from kdcore.models import Batch, Model
+from kdcore.processes import world_size
 
 
 def ranked_rows(batch: Batch) -> tuple[Batch, int]:
@@ -89,6 +92,8 @@ class RewardModel(TrainStage):
         data: with ranked answers.
     """
 
+    find_unused_parameters = True  # the head of the body
+
     def __init__(self, model: Model, data: DataModule, name: str = "reward") -> None:
         super().__init__(name)
         self.body, self.data = copy.deepcopy(model), data
@@ -109,7 +114,7 @@ class RewardModel(TrainStage):
 
 
 class Policy(TrainStage):
-    """REINFORCE on a reward model, with the mean over the batch as baseline, and a KL to where the student began.
+    """REINFORCE on a reward model, with the mean over the whole batch as baseline, and a KL to where the student began.
 
     Args:
         student: the policy.
@@ -130,20 +135,36 @@ class Policy(TrainStage):
         self.exports = {"student": student}
 
     def before_step(self, batches: list[Batch]) -> None:
-        """Put answers of the student in the place of the data's."""
+        """Put answers of the student in the place of the data's, with their rewards and the mean of these."""
         self.sampler.follow(self.student, self.progress.step)
+        was_training = self.student.training
+        self.student.eval()
         for batch in batches:
             made = respond(self.sampler, batch, self.options.sampling, self.run_seed, self.name, self.progress.step)
             batch.update(made)
+            batch["reward"] = self._rewards(batch)
+        self.student.train(was_training)
+        rewards = [value for batch in batches for value in batch["reward"].tolist()]
+        rewards = gather_object(rewards) if world_size() > 1 else rewards
+        for batch in batches:
+            batch["baseline"] = torch.tensor(math.fsum(rewards) / len(rewards), device=batch["reward"].device)
+
+    @torch.no_grad()
+    def _rewards(self, batch: Batch) -> Tensor:
+        """Of each answer `[B]`, less the KL."""
+        labels = batch["labels"]
+        reward = self.judge[0].to(labels.device).eval().rewards(batch)
+        ours, theirs = (functional.token_logprobs(model(batch).need("logits"), labels)
+                        for model in (self.student, self.frozen["reference"]))  # fmt: skip
+        return functional.penalised_reward(ours, theirs, reward, labels != IGNORE, beta=self.options.kl_beta)
 
     def forward(self, batch: Batch, objective: str = "loss") -> dict[str, Tensor]:
         """The term `policy`: the KL is part of the reward."""
-        labels, mask = batch["labels"], batch["labels"] != IGNORE
-        ours = functional.token_logprobs(self.student(batch).need("logits"), labels)
-        with torch.no_grad():
-            reward = self.judge[0].to(labels.device).eval().rewards(batch)
-            theirs = functional.token_logprobs(self.frozen["reference"](batch).need("logits"), labels)
-        return {"policy": functional.reinforce(ours, theirs, reward, mask, beta=self.options.kl_beta)}
+        labels = batch["labels"]
+        logprobs = functional.token_logprobs(self.student(batch).need("logits"), labels)
+        reward = batch.get("reward", torch.zeros(len(labels), device=labels.device))  # none while adapters are made
+        return {"policy": functional.reinforce(logprobs, logprobs.detach(), reward, labels != IGNORE, beta=0.0,
+                                               baseline=batch.get("baseline"))}  # fmt: skip
 
     def evaluate(self, batch: Batch) -> Outputs:
         """The student's outputs."""

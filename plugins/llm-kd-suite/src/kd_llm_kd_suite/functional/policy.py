@@ -166,11 +166,27 @@ def clipped_policy_loss(
     return -masked_mean(torch.minimum(ratio * fixed, ratio.clamp(1 - cliprange, 1 + cliprange) * fixed), mask)
 
 
-def reinforce(logprobs: Tensor, ref_logprobs: Tensor, reward: Tensor, mask: Tensor, *, beta: float = 0.1) -> Tensor:
+def penalised_reward(
+    logprobs: Tensor, ref_logprobs: Tensor, reward: Tensor, mask: Tensor, *, beta: float = 0.1
+) -> Tensor:
+    """``R_b = reward_b - beta sum_t (log pi(y_bt) - log pi_ref(y_bt))``, ``[B]``, without a gradient. Arguments and
+    errors as in `reinforce`."""
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be at least 0, because it weighs a penalty, but it is {beta}")
+    _check_shape("log-probabilities", logprobs, mask.shape)
+    _check_shape("reference's log-probabilities", ref_logprobs, mask.shape)
+    _check_shape("rewards", reward, mask.shape[:1])
+    return reward.detach() - beta * torch.where(mask.bool(), (logprobs - ref_logprobs).detach(), 0.0).sum(1)
+
+
+def reinforce(
+    logprobs: Tensor, ref_logprobs: Tensor, reward: Tensor, mask: Tensor, *, beta: float = 0.1,
+    baseline: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Loss whose gradient ascends ``E[reward] - beta KL(pi || pi_ref)``: ``-mean_b A_b sum_t log pi(y_bt)``.
 
-    ``A_b = R_b - mean R`` with ``R_b = reward_b - beta sum_t (log pi(y_bt) - log pi_ref(y_bt))``: a penalty per token,
-    and the mean of the batch as baseline, so that a batch of one response teaches nothing.
+    ``A_b = R_b - baseline`` with the `penalised_reward` ``R``: a penalty per token, and the mean of the batch as
+    baseline, so that a batch of one response teaches nothing.
 
     Args:
         logprobs: of the sampled tokens under the policy ``[B, T]``.
@@ -178,18 +194,14 @@ def reinforce(logprobs: Tensor, ref_logprobs: Tensor, reward: Tensor, mask: Tens
         reward: of each response ``[B]``, without a gradient.
         mask: ``[B, T]``.
         beta: weight of the penalty, >= 0.
+        baseline: a scalar: the mean of `penalised_reward` over more than these responses.
 
     Raises:
         ValueError: if beta is negative or shapes differ.
     """
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta must be at least 0, because it weighs a penalty, but it is {beta}")
-    _check_shape("log-probabilities", logprobs, mask.shape)
-    _check_shape("reference's log-probabilities", ref_logprobs, mask.shape)
-    _check_shape("rewards", reward, mask.shape[:1])
-    penalty = torch.where(mask.bool(), (logprobs - ref_logprobs).detach(), 0.0).sum(1)
-    total = reward.detach() - beta * penalty
-    return -((total - total.mean()) * torch.where(mask.bool(), logprobs, 0.0).sum(1)).mean()
+    total = penalised_reward(logprobs, ref_logprobs, reward, mask, beta=beta)
+    advantage = total - (total.mean() if baseline is None else baseline)
+    return -(advantage * torch.where(mask.bool(), logprobs, 0.0).sum(1)).mean()
 
 
 def reward_model_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
