@@ -41,7 +41,7 @@ class MiniLLM(TrainStage):
                  sampler: Sampler | None = None, name: str = "distill") -> None:  # fmt: skip
         super().__init__(name)
         self.student, self.options, self.run_seed = student, options, seed
-        self.sampler: Sampler = sampler or student
+        self._sampler: list[Sampler] = [sampler or student]  # in a list, so that it is not registered twice
         self.frozen = {"teacher": teacher.freeze()}
         self.exports = {"student": student}
         self.buffer = Buffer(2**31)
@@ -56,7 +56,7 @@ class MiniLLM(TrainStage):
         """Write texts in the first of every `inner_epochs` steps; in all of them, lay texts beside the data's."""
         if self.progress.step % self.options.inner_epochs == 0:
             self.buffer.rows = []
-            self.sampler.follow(self.student, self.progress.step)
+            self._sampler[0].follow(self.student, self.progress.step)
             for batch in batches:
                 self.buffer.push(self._rollouts(batch))
             self._whiten()
@@ -71,7 +71,7 @@ class MiniLLM(TrainStage):
         prompts, _ = split_rows(batch)
         seeds = row_seeds(batch, self.run_seed, self.name, self.progress.step)
         mix = (self.teacher, o.mix_alpha) if o.mix_alpha else None
-        answers = self.sampler.write(prompts, o.sampling, seeds, mix=mix)
+        answers = self._sampler[0].write(prompts, o.sampling, seeds, mix=mix)
         rows = join_rows(prompts, answers, batch)
         mask = rows["labels"] != IGNORE
         was_training = self.student.training

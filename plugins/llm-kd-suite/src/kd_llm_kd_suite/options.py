@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdcore.options import Options, Sampling
 
@@ -105,6 +105,12 @@ class SuiteOptions(Options):
     sampling_temperature: float = Field(1.0, ge=0, description="of texts that are written; 0 takes the likeliest token")
     sft_epochs: float = Field(0.0, ge=0, description="epochs on the data's texts before the algorithm begins")
     answers: int = Field(64, ge=0, description="validation prompts that are answered at the end and measured")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        """YAML reads `on` as true."""
+        return "on" if value is True else value
 
     @property
     def sampling(self) -> Sampling:

@@ -128,7 +128,7 @@ class Policy(TrainStage):
                  sampler: Sampler | None = None, name: str = "distill") -> None:  # fmt: skip
         super().__init__(name)
         self.student, self.options, self.run_seed = student, options, seed
-        self.sampler: Sampler = sampler or student
+        self._sampler: list[Sampler] = [sampler or student]  # in a list, so that it is not registered twice
         reward.requires_grad_(False)
         self.judge = [reward]  # in a list, so that it is not registered
         self.frozen = {"reference": copy.deepcopy(student).freeze()}
@@ -136,11 +136,11 @@ class Policy(TrainStage):
 
     def before_step(self, batches: list[Batch]) -> None:
         """Put answers of the student in the place of the data's, with their rewards and the mean of these."""
-        self.sampler.follow(self.student, self.progress.step)
+        self._sampler[0].follow(self.student, self.progress.step)
         was_training = self.student.training
         self.student.eval()
         for batch in batches:
-            made = respond(self.sampler, batch, self.options.sampling, self.run_seed, self.name, self.progress.step)
+            made = respond(self._sampler[0], batch, self.options.sampling, self.run_seed, self.name, self.progress.step)
             batch.update(made)
             batch["reward"] = self._rewards(batch)
         self.student.train(was_training)

@@ -40,9 +40,14 @@ class SequenceDistill(Distill):
         super().__init__(student, [*losses, *gold], teachers, name=name)
         self.buffer = Buffer(capacity)
         self.sampling, self.schedule, self.run_seed = sampling, schedule, seed
-        self.sampler: Sampler = sampler or student
+        self._sampler: list[Sampler] = [sampler or student]  # in a list, so that the student is not registered twice
         self.gold = {item.name for item in gold}
         self.kind = "data"
+
+    @property
+    def sampler(self) -> Sampler:
+        """Who writes the student's texts."""
+        return self._sampler[0]
 
     def before_step(self, batches: list[Batch]) -> None:
         """Put the chosen texts in the place of the data's."""

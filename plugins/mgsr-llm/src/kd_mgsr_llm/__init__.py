@@ -1,0 +1,1 @@
+"""Sequences, tokens and spans revised while a language model is distilled."""
