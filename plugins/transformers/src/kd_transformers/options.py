@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdcore.options import Download, Options
 
@@ -98,6 +98,15 @@ class TransformersOptions(CheckpointOptions):
     def wants_weights(self) -> bool:
         """Whether the weights of `model` are read, and not only its architecture."""
         return self.pretrained
+
+    @field_validator("config")
+    @classmethod
+    def _is_a_whole_model(cls, config: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        named = info.data.get("model") or info.data.get("checkpoint")
+        if config and not named and "model_type" not in config:
+            raise ValueError(f"it names no `model_type` (only {', '.join(map(str, config))}), and there is neither "
+                             "`model` nor `checkpoint`")  # fmt: skip
+        return config
 
     @model_validator(mode="after")
     def _names_a_model(self) -> TransformersOptions:
