@@ -104,8 +104,8 @@ class TransformersOptions(CheckpointOptions):
     def _is_a_whole_model(cls, config: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         named = info.data.get("model") or info.data.get("checkpoint")
         if config and not named and "model_type" not in config:
-            raise ValueError(f"it names no `model_type` (only {', '.join(map(str, config))}), and there is neither "
-                             "`model` nor `checkpoint`")  # fmt: skip
+            raise ValueError("give `model` (Hub id or folder), `checkpoint` (folder), or a `model_type` in here, "
+                             f"beside {', '.join(map(str, config))}")  # fmt: skip
         return config
 
     @model_validator(mode="after")
