@@ -140,7 +140,7 @@ def test_data_that_is_no_language_models_is_refused(tmp_path):
 def test_student_is_closer_to_the_teacher_than_by_forward_kl_and_than_alone(tmp_path):
     """Measured over seven seeds: 0.34 against 0.37 and 0.63 nats per token."""
     found: dict[str, list[float]] = {"method": [], "plain": [], "alone": []}
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         shared = [f"seed={seed}", "train.log_every=1000", "train.eval_every=1000", "train.save_every=1000"]
         for name, more in (("method", []), ("plain", PLAIN), ("alone", ALONE)):
             result = api.run("mgsr-llm", [*shared, *more], run_dir=tmp_path / f"{name}-{seed}")
