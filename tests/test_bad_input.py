@@ -29,6 +29,8 @@ train: {steps: 2, batch_size: 8}
 trackers: []
 """
 
+LONG = "a" * 300
+
 
 @pytest.fixture
 def mine(kd) -> Path:
@@ -130,6 +132,18 @@ def test_all_that_is_wrong_is_said_at_once(kd, mine):
 def test_a_file_that_is_no_recipe_is_refused_by_name(kd, name, content, said):
     Path(name).write_bytes(content)
     assert said in refused(kd("run", name))
+
+
+@pytest.mark.parametrize("command", [
+    ("run", LONG),
+    ("eval", LONG),
+    ("compare", LONG),
+    ("run", "mine.yaml", "--dry-run", "data={use: datasets, path: owner/data, tokenizer: " + LONG + "}"),
+    ("run", "mine.yaml", "data={use: datasets, path: ./" + LONG + "}"),
+    ("run", "mine.yaml", "--dry-run", "data={use: datasets, path: owner/data, tokenizer: ~nobody-is-called-this/x}"),
+])  # fmt: skip
+def test_a_name_that_no_file_can_have_is_refused(kd, mine, command):
+    assert len(refused(kd(*command))) < 2 * len(LONG)
 
 
 def test_a_recipe_that_is_not_there_is_refused(kd):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def test_completion_offers_components_and_recipes(kd_process):
         (RunFailed("NaN"), 1, "error: NaN"),
         (Interrupted("saved"), 130, "interrupted: saved"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a/b"), 2, "error: a/b: File name too long"),
         (KeyError("x"), 1, "unexpected error: KeyError: 'x'\nset KD_DEBUG=1 for the traceback"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 import typer
 
-from kdcore.errors import Interrupted, KDError, visible
+from kdcore.errors import Interrupted, KDError, UserError, shown, visible
 
 UNEXPECTED = "unexpected error"
 LAUNCHED = "KD_LAUNCHED"
@@ -37,6 +38,8 @@ def reported() -> Iterator[None]:
     except KDError as error:
         _end("interrupted" if isinstance(error, Interrupted) else "error", str(error), error.exit_code)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a name of ours never is
+            _end("error", f"{shown(error.filename)}: {error.strerror}", UserError.exit_code)
         _end(UNEXPECTED, f"{type(error).__name__}: {error}", 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,17 @@ from kdcore.card import run_facts
 from kdcore.checkpoint import reading
 from kdcore.components import Component
 from kdcore.data import DataModule, Task
-from kdcore.errors import DataError, Interrupted, KDError, ModelError, RunFailed, RunFolderError, UserError
+from kdcore.errors import (
+    DataError,
+    Interrupted,
+    KDError,
+    ModelError,
+    RecipeError,
+    RunFailed,
+    RunFolderError,
+    UserError,
+    shown,
+)
 from kdcore.folder import RunFolder, disk_problem
 from kdcore.hookspecs import hookimpl
 from kdcore.models import FromColumns, Model, Source
@@ -217,6 +228,9 @@ def _downloads(key: str, options: Options) -> list[Download]:
         return options.downloads()
     except UserError as error:
         raise type(error)(f"{key}: {error}") from None
+    except (OSError, RuntimeError) as error:  # a path that no file can have, a folder closed to us, no such home
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{key}: cannot be looked up: {reason}: {shown(getattr(error, 'filename', None))}") from None
 
 
 def evaluate(run_dir: str | Path, split: str | None = None, overrides: Iterable[str] = (),
@@ -237,7 +251,7 @@ def load_student(run_dir: str | Path, overrides: Iterable[str] = (),
                  plugins: PluginManager | None = None, role: str = "student") -> tuple[Run, Model]:  # fmt: skip
     """The run of a folder, not executed, and its trained student."""
     path = Path(run_dir)
-    if not (path / "recipe.yaml").is_file():
+    if not os.path.isfile(path / "recipe.yaml"):
         raise RunFolderError(f"{path} is not a run folder: it has no recipe.yaml")
     where = student_folder(path, role)
     folder.verify(where)

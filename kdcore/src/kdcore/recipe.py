@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -251,7 +252,7 @@ def find_recipe(recipe: str | Path | Mapping[str, Any], manager: PluginManager) 
     if isinstance(recipe, Mapping):
         return recipe, "run"
     text = str(recipe)
-    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
+    if text.endswith((".yaml", ".yml")) or os.path.isfile(text):
         return Path(text), Path(text).stem.strip(".") or "run"  # it names a folder
     method, _, name = text.partition("/")
     files = manager.get("method", method).recipe_files()
