@@ -51,9 +51,11 @@ def split_rows(batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, answers
 
 
-def join_rows(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], like: Batch) -> Batch:
-    """A batch of these rows in place of those of another: prompt and answer, padded on the right, and labels that are
-    aligned with the logits and count in the answer only. What the other holds beside its tokens stays."""
+def join_rows(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], like: Batch | None = None) -> Batch:
+    """A batch of these rows: prompt and answer, padded on the right, and labels that are aligned with the logits and
+    count in the answer only; in place of those of another batch, if one is given, whose device it then is on, and of
+    which all stays but the tokens."""
+    like = {"input_ids": torch.empty(0)} if like is None else like
     device = like["input_ids"].device
     rows = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
     labels = [torch.tensor([*[IGNORE] * (len(prompt) - 1), *answer, IGNORE])

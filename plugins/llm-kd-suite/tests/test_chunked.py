@@ -110,3 +110,13 @@ def test_under_autocast_the_gradients_have_the_types_of_what_they_belong_to():
     exact = F.cross_entropy(student(hidden)[labels != IGNORE], labels[labels != IGNORE])
     assert student.weight.grad.dtype == hidden.grad.dtype == torch.float32
     torch.testing.assert_close(value, exact, rtol=0.02, atol=0.02)
+
+
+def test_where_no_gradient_is_asked_for_none_is_computed(monkeypatch):
+    student, teacher, hidden, other, labels = models()
+    outputs = Outputs(embedding=hidden, head=student), Outputs(embedding=other, head=teacher)
+    wanted = mean_over_tokens(rows("jsd"), *outputs, labels)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with torch.no_grad():
+        found = mean_over_tokens(rows("jsd"), *outputs, labels)
+    torch.testing.assert_close(found, wanted.detach())

@@ -138,6 +138,7 @@ def test_padding_changes_no_loss():
 @pytest.mark.parametrize(("overrides", "message"), [
     (["method.beta=1.5"], "method.beta"),
     (["method.temperature=0"], "method.temperature"),
+    (["method.algorithm=sym", "method.lam=1"], "method.lam"),
     (["method.buffer_capacity=0"], "method.buffer_capacity"),
     (["method.algorithm=uld", "method.lmbda=0.5"], "lmbda"),
     (["method.algorithm=sft", "method.elicit=feedback"], "elicit"),

@@ -19,7 +19,14 @@ from torch.utils.data import Dataset
 
 from kd_dataset_distill.artifact import WriteData, as_data, selection
 from kd_dataset_distill.evaluation import embeddings, train_networks
-from kd_dataset_distill.functional import flat, generation_loss, generation_weights, k_centers, weighted_gradient
+from kd_dataset_distill.functional import (
+    adam_move,
+    flat,
+    generation_loss,
+    generation_weights,
+    k_centers,
+    weighted_gradient,
+)
 from kd_dataset_distill.generator import Text
 from kd_dataset_distill.networks import Held, architectures, draw
 from kd_dataset_distill.options import DiLMOptions
@@ -32,8 +39,8 @@ from kdcore.models import Batch
 
 GRADIENT_NORM = 1.0
 """To which the gradients of generator and learner are clipped (DiLM's configuration)."""
-BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.01
-"""Of the learner's AdamW."""
+DECAY = 0.01
+"""Weight decay of generator and learner."""
 WARM_UP = 0.5
 """Share of a learner's steps over which its learning rate rises, before it falls as a cosine (DiLM's configuration)."""
 
@@ -289,12 +296,7 @@ class TextMatching(TrainStage):
     def _adamw(self, leaves: dict[str, Tensor], gradient: Tensor, step: int, rate: float) -> dict[str, Tensor]:
         """The parameters after a step with the clipped gradient `[P]`; the moments are updated in place."""
         gradient = gradient * (GRADIENT_NORM / (gradient.norm() + 1e-6)).clamp(max=1)
-        first, second = self.moments
-        first.lerp_(gradient, 1 - BETAS[0])
-        second.lerp_(gradient.square(), 1 - BETAS[1])
-        unbiased, square = first / (1 - BETAS[0] ** (step + 1)), second / (1 - BETAS[1] ** (step + 1))
-        moves = unbiased / (square.sqrt() + EPS)
-        parts = moves.split([leaf.numel() for leaf in leaves.values()])
+        parts = adam_move(gradient, *self.moments, step).split([leaf.numel() for leaf in leaves.values()])
         return {name: (1 - rate * DECAY) * leaf.detach() - rate * part.view_as(leaf)
                 for (name, leaf), part in zip(leaves.items(), parts, strict=True)}  # fmt: skip
 

@@ -156,6 +156,25 @@ def weighted_gradient(losses: Tensor, weights: Tensor, parameters: Sequence[Tens
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
+def adam_move(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, *, beta1: float = 0.9,
+              beta2: float = 0.999, eps: float = 1e-8) -> Tensor:  # fmt: skip
+    """Adam's move against a gradient, before its rate; both moments are brought up to date in place.
+
+    Args:
+        gradient: ``[P]``.
+        exp_avg: ``[P]``, mean of the gradients.
+        exp_avg_sq: ``[P]``, mean of their squares.
+        step: steps taken before this one.
+        beta1: decay of the mean.
+        beta2: decay of the mean of squares.
+        eps: added to the root.
+    """
+    exp_avg.lerp_(gradient, 1 - beta1)
+    exp_avg_sq.lerp_(gradient.square(), 1 - beta2)
+    unbiased, square = exp_avg / (1 - beta1 ** (step + 1)), exp_avg_sq / (1 - beta2 ** (step + 1))
+    return unbiased / (square.sqrt() + eps)
+
+
 def adam_direction(
     gradient: Tensor,
     exp_avg: Tensor,

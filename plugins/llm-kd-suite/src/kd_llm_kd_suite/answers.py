@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
-from kd_llm_kd_suite import functional
-from kd_llm_kd_suite.chunked import mean_over_tokens
-from kd_llm_kd_suite.losses import next_token
-from kdcore import Run, Stage
+from kd_llm_kd_suite.losses import Divergence, NextToken
+from kdcore import Outputs, Run, Stage
 from kdcore.data import IGNORE, to_device
 from kdcore.generation import join_rows, row_seeds, split_rows
 from kdcore.models import Batch, Model
@@ -74,10 +72,9 @@ class Answers(Stage):
         """Sums over tokens, and how many: of the divergence on the data's answers, of the teacher's log-probabilities
         of what the student wrote."""
         count = (batch["labels"] != IGNORE).sum()
-        value = mean_over_tokens(lambda s, t, _: functional.DIVERGENCES["fkl"](s, t), self.student(batch),
-                                 teacher(batch), batch["labels"])  # fmt: skip
+        value = Divergence("fkl")(self.student(batch), teacher(batch), batch)
         more = (written["labels"] != IGNORE).sum()
-        nll = mean_over_tokens(next_token, teacher(written), None, written["labels"])
+        nll = NextToken()(teacher(written), Outputs(), written)
         return torch.stack([value * count, count, -nll * more, more]).double().cpu()
 
     def load(self, run: Run, artifact: Path) -> dict[str, float]:

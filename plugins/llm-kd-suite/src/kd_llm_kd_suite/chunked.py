@@ -76,7 +76,7 @@ def mean_over_tokens(rows: Rows, student: Outputs, teacher: Outputs | None, labe
         whole = None if teacher is None else teacher.need("logits").detach().flatten(0, 1)[where]
         values = rows(student.need("logits").flatten(0, 1)[where], whole, flat[where])
         return values.sum() / max(where.numel(), 1)
-    mean: Tensor = _Chunked.apply(rows, theirs, flat, where, len(parameters), *ours.parts(), *parameters)  # type: ignore[no-untyped-call]
+    mean: Tensor = _Chunked.apply(rows, theirs, flat, where, torch.is_grad_enabled(), *ours.parts(), *parameters)  # type: ignore[no-untyped-call]
     return mean
 
 
@@ -89,20 +89,19 @@ class _Chunked(torch.autograd.Function):
     """The mean over positions; its gradients are computed with it, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Rows, teacher: Scores | None, labels: Tensor, where: Tensor, trained: int,
+    def forward(ctx: Any, rows: Rows, teacher: Scores | None, labels: Tensor, where: Tensor, training: bool,
                 inputs: Tensor, weight: Tensor | None, bias: Tensor | None, *parameters: Tensor) -> Tensor:  # fmt: skip
-        wanted = [*ctx.needs_input_grad[5:8]]
-        student = Student(inputs, weight, bias, wanted)
+        training = training and any(ctx.needs_input_grad)
+        student = Student(inputs, weight, bias, [training and wanted for wanted in ctx.needs_input_grad[5:8]])
         others = [torch.zeros_like(p) for p in parameters]
         total = inputs.new_zeros((), dtype=torch.float32)
         step = max(1, CHUNK.get(inputs.device.type, CHUNK["cuda"]) // student.size)
         for chosen in torch.split(where, step):
             theirs = teacher.at(chosen) if teacher is not None else None
-            with torch.enable_grad():
-                logits = student.logits(chosen).requires_grad_()
+            with torch.set_grad_enabled(training):
+                logits = student.logits(chosen).requires_grad_(training)
                 value = rows(logits, theirs, labels[chosen]).sum()
-                found = torch.autograd.grad(value, [logits, *parameters], allow_unused=True) if any(
-                    ctx.needs_input_grad) else ()  # fmt: skip
+                found = torch.autograd.grad(value, [logits, *parameters], allow_unused=True) if training else ()
             total += value.detach()
             if found:
                 student.add(chosen, found[0])

@@ -58,8 +58,8 @@ class Tokens(TextTeacher):
         return self
 
 
-def ask(name: str, run: Run, model: Model, sampling: Sampling) -> GenerateStage:
-    """A stage in which a model answers the training prompts; its artifact goes into `groups`.
+def ask(name: str, run: Run, role: str, sampling: Sampling) -> GenerateStage:
+    """A stage in which the model of a role answers the training prompts; its artifact goes into `groups`.
 
     Raises:
         DataError: if the training data is a stream, or a row has no answer.
@@ -68,7 +68,7 @@ def ask(name: str, run: Run, model: Model, sampling: Sampling) -> GenerateStage:
         raise DataError(f"stage {name!r} asks about every training prompt, and the data is a stream: set streaming to "
                         "false")  # fmt: skip
     rows = [{"number": i, "tokens": prompt} for i, prompt in enumerate(_prompts(run))]
-    return GenerateStage(name, Tokens(model, name), rows, lambda row: json.dumps(row["tokens"]), sampling)
+    return GenerateStage(name, Tokens(run.model(role), role), rows, lambda row: json.dumps(row["tokens"]), sampling)
 
 
 def _prompts(run: Run) -> list[list[int]]:
@@ -104,7 +104,7 @@ class Feedback(FitStage):
         with torch.no_grad(), run.accelerator.autocast():
             for first in range(0, len(rows), AT_ONCE):
                 prompts, answers = zip(*rows[first : first + AT_ONCE], strict=True)
-                batch = to_device(join_rows(prompts, answers, {"input_ids": torch.empty(0)}), run.device)
+                batch = to_device(join_rows(prompts, answers), run.device)
                 sums, counts = functional.sequence_logprobs(self.teacher(batch).need("logits"), batch["labels"])
                 scores.append(sums / counts.clamp(min=1))
         return {"scores": torch.cat(scores)}
@@ -138,7 +138,7 @@ class Written(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         group = self.found[index]
         answers = group["answers"] if self.several else group["answers"][:1]
-        batch = join_rows([group["prompt"]] * len(answers), answers, {"input_ids": torch.empty(0)})
+        batch = join_rows([group["prompt"]] * len(answers), answers)
         return {f"ranked_{k}": v for k, v in batch.items()} if self.several else {k: v[0] for k, v in batch.items()}
 
 

@@ -25,8 +25,9 @@ def kernel() -> Any:
     return LigerFusedLinearJSDFunction
 
 
-def fits(student: Outputs, teacher: Outputs) -> bool:
-    """Whether the kernel can take these: both logits pending, on CUDA, with plain layers of one vocabulary."""
+def fits(student: Outputs, teacher: Outputs, labels: Tensor) -> bool:
+    """Whether the kernel can take these: both logits pending, on CUDA, with plain layers of one vocabulary, and a label
+    that counts."""
     heads = student.head, teacher.head
     if not (student.pending and teacher.pending) or any(type(head) is not nn.Linear for head in heads):
         return False
@@ -34,7 +35,8 @@ def fits(student: Outputs, teacher: Outputs) -> bool:
     assert one is not None
     assert two is not None
     plain = one.bias is None and two.bias is None and one.out_features == two.out_features
-    return plain and one.weight.is_cuda and not torch.is_autocast_enabled("cuda") and kernel() is not None
+    usable = plain and one.weight.is_cuda and not torch.is_autocast_enabled("cuda") and kernel() is not None
+    return usable and bool((labels != IGNORE).any())
 
 
 def generalized_jsd(student: Outputs, teacher: Outputs, labels: Tensor, beta: float, temperature: float) -> Tensor:

@@ -68,10 +68,10 @@ class Divergence(Loss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The mean, in nats."""
-        if self.beta is not None and liger.fits(student, teacher):
-            return liger.generalized_jsd(student, teacher, need_labels(batch), self.beta, self.temperature)
-        return mean_over_tokens(lambda ours, theirs, labels: self.rows(ours, theirs), student, teacher,
-                                need_labels(batch))  # fmt: skip
+        labels = need_labels(batch)
+        if self.beta is not None and liger.fits(student, teacher, labels):
+            return liger.generalized_jsd(student, teacher, labels, self.beta, self.temperature)
+        return mean_over_tokens(lambda ours, theirs, _: self.rows(ours, theirs), student, teacher, labels)
 
 
 def forward_kl(options: TemperatureOptions | None = None) -> Divergence:

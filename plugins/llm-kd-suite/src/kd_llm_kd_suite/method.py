@@ -12,7 +12,7 @@ from kd_llm_kd_suite.answers import Answers
 from kd_llm_kd_suite.elicit import Feedback, ask, groups, ranked, with_train
 from kd_llm_kd_suite.losses import Divergence, HiddenStates, NextToken
 from kd_llm_kd_suite.minillm import MiniLLM
-from kd_llm_kd_suite.options import PREFERENCES, HiddenOptions, SuiteOptions
+from kd_llm_kd_suite.options import PREFERENCES, HiddenOptions, SuiteOptions, WritingOptions
 from kd_llm_kd_suite.preferences import Policy, Preferences, RewardModel
 from kd_llm_kd_suite.stages import SequenceDistill
 from kd_llm_kd_suite.texts import Schedule
@@ -22,6 +22,7 @@ from kdcore.data import DataModule
 from kdcore.errors import ModelError, RecipeError
 from kdcore.generation import Sampler
 from kdcore.losses import Weighted
+from kdcore.models import Model
 
 Stages = Generator[Stage, Any, None]
 
@@ -52,27 +53,19 @@ class Suite(Method):
         """Fine-tuning if asked for, eliciting if asked for, the algorithm, and answers to held-out prompts."""
         o = self.options
         self._check(run)
-        if o.sft_epochs:
-            warm = Distill(run.student, [Weighted(NextToken(), name="sft")], name="warm-up")
-            warm.overrides = {"epochs": o.sft_epochs}
-            yield warm
+        yield from warm_up(run, o)
         data = yield from self._elicited(run)
         if o.algorithm == "rm_rl":
             reward = yield RewardModel(run.student, data)
             yield Policy(run.student, reward, o, run.seed, sampler(run))
         else:
             yield self._distill(run, data)
-        split = run.recipe.eval.on[0]
-        if o.answers and run.student.writes and split in run.data:
-            teacher = None if self.own_tokens else run.teacher
-            yield Answers(run.student, teacher, o.sampling, o.answers, split)
+        yield from answers(run, o, None if self.own_tokens else run.teacher)
 
     def _check(self, run: Run) -> None:
         """Refuse what would fail late."""
         o = self.options
-        if run.data.task.kind != "causal-lm":
-            raise RecipeError(f"llm-kd-suite distils language models; the data poses a task of kind "
-                              f"{run.data.task.kind!r}: set `data.task: causal-lm`")  # fmt: skip
+        check_causal(run, "llm-kd-suite")
         writers = {"student": o.fraction or o.elicit in ("feedback", "self") or o.algorithm in
                    ("distillm", "minillm", "rm_rl"), "teacher": o.elicit == "labeling" or o.algorithm == "seqkd"
                    or o.seq_kd}  # fmt: skip
@@ -87,11 +80,11 @@ class Suite(Method):
         """The data, its training texts written anew where that is asked for."""
         o = self.options
         if o.elicit == "labeling" or o.algorithm == "seqkd":
-            return with_train(run.data, groups((yield ask("labeling", run, run.teacher, o.sampling))))
+            return with_train(run.data, groups((yield ask("labeling", run, "teacher", o.sampling))))
         if o.elicit == "none":
             return run.data
         several = o.sampling.model_copy(update={"n": o.candidates})
-        found = groups((yield ask("samples", run, run.student, several)))
+        found = groups((yield ask("samples", run, "student", several)))
         scores = (yield Feedback(run.teacher, found))["scores"]
         return with_train(run.data, ranked(found, scores), several=o.elicit == "feedback")
 
@@ -132,6 +125,28 @@ class Suite(Method):
         adaptive = o.algorithm == "distillm"
         return Schedule(o.fraction, teacher=o.seq_kd, replay=adaptive or o.policy == "replay", adaptive=adaptive,
                         eps=o.loss_eps)  # fmt: skip
+
+
+def check_causal(run: Run, method: str) -> None:
+    """Refuse data of another kind. Raises `RecipeError`."""
+    if run.data.task.kind != "causal-lm":
+        raise RecipeError(f"{method} distils language models; the data poses a task of kind {run.data.task.kind!r}: "
+                          "set `data.task: causal-lm`")  # fmt: skip
+
+
+def warm_up(run: Run, options: WritingOptions) -> Stages:
+    """Language modelling of the student on the data's texts, if asked for."""
+    if options.sft_epochs:
+        stage = Distill(run.student, [Weighted(NextToken(), name="sft")], name="warm-up")
+        stage.overrides = {"epochs": options.sft_epochs}
+        yield stage
+
+
+def answers(run: Run, options: WritingOptions, teacher: Model | None) -> Stages:
+    """The student's answers to held-out prompts, if asked for and if it writes."""
+    split = run.recipe.eval.on[0]
+    if options.answers and run.student.writes and split in run.data:
+        yield Answers(run.student, teacher, options.sampling, options.answers, split)
 
 
 def sampler(run: Run) -> Sampler | None:

@@ -5,23 +5,24 @@ Source: Gu et al. 2024, "MiniLLM: Knowledge Distillation of Large Language Model
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd_llm_kd_suite import functional
-from kd_llm_kd_suite.chunked import mean_over_tokens
-from kd_llm_kd_suite.losses import next_token
+from kd_llm_kd_suite.losses import Divergence, NextToken
 from kd_llm_kd_suite.options import SuiteOptions
+from kd_llm_kd_suite.stages import StudentStage
 from kd_llm_kd_suite.texts import Buffer
-from kdcore import Outputs, TrainStage
+from kdcore import Outputs
 from kdcore.data import IGNORE
 from kdcore.generation import Sampler, join_rows, row_seeds, split_rows
 from kdcore.models import Batch, Model
 
 
-class MiniLLM(TrainStage):
+class MiniLLM(StudentStage):
     """Texts are drawn from a mixture of student and teacher, and used for several steps.
 
     A text's tokens are rewarded by `log p(y_t) - log q(y_t)`. The objective is the clipped policy gradient on the
@@ -39,12 +40,10 @@ class MiniLLM(TrainStage):
 
     def __init__(self, student: Model, teacher: Model, options: SuiteOptions, seed: int,
                  sampler: Sampler | None = None, name: str = "distill") -> None:  # fmt: skip
-        super().__init__(name)
-        self.student, self.options, self.run_seed = student, options, seed
-        self._sampler: list[Sampler] = [sampler or student]  # in a list, so that it is not registered twice
+        super().__init__(student, options, name, seed, sampler)
         self.frozen = {"teacher": teacher.freeze()}
-        self.exports = {"student": student}
         self.buffer = Buffer(2**31)
+        self.next_token, self.forward_kl, self.reverse_kl = NextToken(), Divergence("fkl"), Divergence("rkl")
 
     @property
     def teacher(self) -> Model:
@@ -56,7 +55,7 @@ class MiniLLM(TrainStage):
         """Write texts in the first of every `inner_epochs` steps; in all of them, lay texts beside the data's."""
         if self.progress.step % self.options.inner_epochs == 0:
             self.buffer.rows = []
-            self._sampler[0].follow(self.student, self.progress.step)
+            self.sampler.follow(self.student, self.progress.step)
             for batch in batches:
                 self.buffer.push(self._rollouts(batch))
             self._whiten()
@@ -71,7 +70,7 @@ class MiniLLM(TrainStage):
         prompts, _ = split_rows(batch)
         seeds = row_seeds(batch, self.run_seed, self.name, self.progress.step)
         mix = (self.teacher, o.mix_alpha) if o.mix_alpha else None
-        answers = self._sampler[0].write(prompts, o.sampling, seeds, mix=mix)
+        answers = self.sampler.write(prompts, o.sampling, seeds, mix=mix)
         rows = join_rows(prompts, answers, batch)
         mask = rows["labels"] != IGNORE
         was_training = self.student.training
@@ -82,7 +81,8 @@ class MiniLLM(TrainStage):
         self.student.train(was_training)
         rewards = functional.rewards(ours, theirs, clip=o.reward_clip, scaling=o.reward_scaling)
         returns = functional.returns(rewards, mask, gamma=o.gamma, length_norm=o.length_norm)
-        drawn = torch.logaddexp(ours + _log(1 - o.mix_alpha), theirs + _log(o.mix_alpha)) if o.mix_alpha else ours
+        shares = math.log1p(-o.mix_alpha), math.log(o.mix_alpha or 1)
+        drawn = torch.logaddexp(ours + shares[0], theirs + shares[1]) if o.mix_alpha else ours
         columns = {"old": ours, "drawn": drawn, "advantage": returns}
         return [{"rank": _rank(), "prompt": prompt, "answer": answer,
                  **{name: values[i][mask[i]].tolist() for name, values in columns.items()}}
@@ -109,7 +109,7 @@ class MiniLLM(TrainStage):
         """The terms `policy`, `single-step`, `lm` and `kd`."""
         o, rows = self.options, batch.get("rollout")
         if rows is None:  # while adapters are made: there are no texts yet
-            return {"lm": mean_over_tokens(next_token, self.student(batch), None, batch["labels"])}
+            return {"lm": self.next_token(self.student(batch), Outputs(), batch)}
         mask = rows["labels"] != IGNORE
         with torch.no_grad():
             theirs, told = self.teacher(rows), self.teacher(batch)
@@ -118,10 +118,9 @@ class MiniLLM(TrainStage):
         importance = (rows["old"] - rows["drawn"]).exp()
         policy = functional.clipped_policy_loss(logprobs, rows["old"], rows["advantage"], mask, cliprange=o.cliprange,
                                                 importance=importance)  # fmt: skip
-        single = mean_over_tokens(lambda s, t, _: functional.DIVERGENCES["rkl"](s, t), ours, theirs, rows["labels"])
+        single = self.reverse_kl(ours, theirs, rows)
         text = self.student(batch)
-        lm = mean_over_tokens(next_token, text, None, batch["labels"])
-        kd = mean_over_tokens(lambda s, t, _: functional.DIVERGENCES["fkl"](s, t), text, told, batch["labels"])
+        lm, kd = self.next_token(text, told, batch), self.forward_kl(text, told, batch)
         return {"policy": policy, "single-step": single, "lm": (1 - o.kd_ratio) * lm, "kd": o.kd_ratio * kd}
 
     def counts(self, batch: Batch) -> dict[str, Tensor | None]:
@@ -130,15 +129,6 @@ class MiniLLM(TrainStage):
         written = (batch["rollout"]["labels"] != IGNORE).sum() if "rollout" in batch else text
         return {"policy": written, "single-step": written, "lm": text, "kd": text}
 
-    def evaluate(self, batch: Batch) -> Outputs:
-        """The student's outputs."""
-        outputs: Outputs = self.student(batch)
-        return outputs
-
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _log(share: float) -> float:
-    return float(torch.tensor(share).log())

@@ -25,7 +25,7 @@ class TemperatureOptions(Options):
 class SymmetricOptions(TemperatureOptions):
     """(1 - lam) forward KL + lam reverse KL."""
 
-    lam: float = Field(0.9, ge=0, le=1, description="share of the reverse KL")
+    lam: float = Field(0.9, ge=0, lt=1, description="share of the reverse KL")
 
 
 class JSDOptions(TemperatureOptions):
@@ -60,7 +60,21 @@ class ULDOptions(Options):
     top: int | None = Field(None, gt=0, description="only this many of the largest; default: all")
 
 
-class SuiteOptions(Options):
+class WritingOptions(Options):
+    """What methods have in common in which language models write."""
+
+    max_new_tokens: int = Field(128, gt=0, description="tokens of a text that is written, at most")
+    sampling_temperature: float = Field(1.0, ge=0, description="of texts that are written; 0 takes the likeliest token")
+    sft_epochs: float = Field(0.0, ge=0, description="epochs on the data's texts before the algorithm begins")
+    answers: int = Field(64, ge=0, description="validation prompts that are answered at the end and measured")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How texts are written in training."""
+        return Sampling(max_tokens=self.max_new_tokens, temperature=self.sampling_temperature)
+
+
+class SuiteOptions(WritingOptions):
     """A language model distilled: where its texts come from, and by which algorithm it learns of them."""
 
     algorithm: Algorithm = Field("gkd", description="what the student learns by")
@@ -71,7 +85,7 @@ class SuiteOptions(Options):
     )
     temperature: float = Field(1.0, gt=0, description="of the divergence: both logits are divided by it")
     beta: float = Field(0.5, ge=0, le=1, description="jsd, gkd: 0 is the forward KL, 1 the reverse KL")
-    lam: float = Field(0.9, ge=0, le=1, description="sym: share of the reverse KL")
+    lam: float = Field(0.9, ge=0, lt=1, description="sym: share of the reverse KL")
     skew_alpha: float = Field(0.1, ge=0, lt=1, description="sfkl, srkl, distillm: how far the KL is skewed")
     lmbda: float | None = Field(
         None, ge=0, le=1, description="fraction of steps on texts of the student; default: 0.5 for gkd, else 0"
@@ -101,21 +115,12 @@ class SuiteOptions(Options):
     candidates: int = Field(4, gt=1, description="feedback, self: texts of the student for each prompt")
     hidden_weight: float = Field(1.0, ge=0, description="hidden: weight of the hidden states, beside the forward KL")
     top: int | None = Field(None, gt=0, description="uld, span-uld: largest probabilities that are compared")
-    max_new_tokens: int = Field(128, gt=0, description="tokens of a text that is written, at most")
-    sampling_temperature: float = Field(1.0, ge=0, description="of texts that are written; 0 takes the likeliest token")
-    sft_epochs: float = Field(0.0, ge=0, description="epochs on the data's texts before the algorithm begins")
-    answers: int = Field(64, ge=0, description="validation prompts that are answered at the end and measured")
 
     @field_validator("policy", mode="before")
     @classmethod
     def _word(cls, value: Any) -> Any:
         """YAML reads `on` as true."""
         return "on" if value is True else value
-
-    @property
-    def sampling(self) -> Sampling:
-        """How texts are written in training."""
-        return Sampling(max_tokens=self.max_new_tokens, temperature=self.sampling_temperature)
 
     @property
     def fraction(self) -> float:

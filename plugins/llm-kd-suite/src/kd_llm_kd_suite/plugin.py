@@ -53,7 +53,13 @@ LOSSES: dict[str, tuple[str, str | None, str, Paper | None, tuple[str, ...]]] = 
     "srkl": ("skewed_reverse_kl", "Skew", "skewed reverse KL", DISTILLM, ()),
     "hidden-states": ("HiddenStates", "Hidden", "projected hidden states of evenly spread layers", SURVEY, ()),
     "attention-maps": ("AttentionMaps", "Attention", "attention maps of evenly spread layers", SURVEY, ()),
-    "uld": ("ULD", "ULD", "sorted probabilities, position by position", ULD, ("two-tokenizers",)),
+    "uld": (
+        "ULD",
+        "ULD",
+        "sorted probabilities; with two tokenizers see method llm-kd-suite",
+        ULD,
+        ("two-tokenizers",),
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kd_llm_kd_suite import functional
 from kd_llm_kd_suite.options import SuiteOptions
+from kd_llm_kd_suite.stages import StudentStage
 from kdcore import Outputs, TrainStage
 from kdcore.data import IGNORE, DataModule
 from kdcore.errors import DataError
@@ -36,7 +37,7 @@ def ranked_rows(batch: Batch) -> tuple[Batch, int]:
     return rows, batch["ranked_input_ids"].shape[1]
 
 
-class Preferences(TrainStage):
+class Preferences(StudentStage):
     """A student learns which of several answers is better.
 
     Args:
@@ -47,9 +48,8 @@ class Preferences(TrainStage):
     """
 
     def __init__(self, student: Model, options: SuiteOptions, data: DataModule, name: str = "distill") -> None:
-        super().__init__(name)
-        self.student, self.options, self.data = student, options, data
-        self.exports = {"student": student}
+        super().__init__(student, options, name)
+        self.data = data
         if options.algorithm == "dpo":
             self.frozen = {"reference": copy.deepcopy(student).freeze()}
 
@@ -77,11 +77,6 @@ class Preferences(TrainStage):
     def counts(self, batch: Batch) -> dict[str, Tensor | None]:
         """Ranks count prompts; the language-model loss counts the tokens of the best answers."""
         return {"sft": (batch["ranked_labels"][:, 0] != IGNORE).sum()}
-
-    def evaluate(self, batch: Batch) -> Outputs:
-        """The student's outputs."""
-        outputs: Outputs = self.student(batch)
-        return outputs
 
 
 class RewardModel(TrainStage):
@@ -113,7 +108,7 @@ class RewardModel(TrainStage):
         return {"reward": functional.reward_model_loss(values[:, 0], values[:, -1])}
 
 
-class Policy(TrainStage):
+class Policy(StudentStage):
     """REINFORCE on a reward model, with the mean over the whole batch as baseline, and a KL to where the student began.
 
     Args:
@@ -126,21 +121,18 @@ class Policy(TrainStage):
 
     def __init__(self, student: Model, reward: RewardModel, options: SuiteOptions, seed: int,
                  sampler: Sampler | None = None, name: str = "distill") -> None:  # fmt: skip
-        super().__init__(name)
-        self.student, self.options, self.run_seed = student, options, seed
-        self._sampler: list[Sampler] = [sampler or student]  # in a list, so that it is not registered twice
+        super().__init__(student, options, name, seed, sampler)
         reward.requires_grad_(False)
         self.judge = [reward]  # in a list, so that it is not registered
         self.frozen = {"reference": copy.deepcopy(student).freeze()}
-        self.exports = {"student": student}
 
     def before_step(self, batches: list[Batch]) -> None:
         """Put answers of the student in the place of the data's, with their rewards and the mean of these."""
-        self._sampler[0].follow(self.student, self.progress.step)
+        self.sampler.follow(self.student, self.progress.step)
         was_training = self.student.training
         self.student.eval()
         for batch in batches:
-            made = respond(self._sampler[0], batch, self.options.sampling, self.run_seed, self.name, self.progress.step)
+            made = respond(self.sampler, batch, self.options.sampling, self.run_seed, self.name, self.progress.step)
             batch.update(made)
             batch["reward"] = self._rewards(batch)
         self.student.train(was_training)
@@ -165,8 +157,3 @@ class Policy(TrainStage):
         reward = batch.get("reward", torch.zeros(len(labels), device=labels.device))  # none while adapters are made
         return {"policy": functional.reinforce(logprobs, logprobs.detach(), reward, labels != IGNORE, beta=0.0,
                                                baseline=batch.get("baseline"))}  # fmt: skip
-
-    def evaluate(self, batch: Batch) -> Outputs:
-        """The student's outputs."""
-        outputs: Outputs = self.student(batch)
-        return outputs

@@ -1,4 +1,5 @@
-"""The training stage of the suite: a weighted sum of losses on texts of the data, the teacher or the student."""
+"""Training stages: what those of one student share; a weighted sum of losses on texts of the data, the teacher or the
+student."""
 
 from __future__ import annotations
 
@@ -8,12 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_llm_kd_suite.options import SuiteOptions
 from kd_llm_kd_suite.texts import Buffer, Schedule
-from kdcore import Distill, Outputs
+from kdcore import Distill, Outputs, TrainStage
 from kdcore.generation import Sampler, join_rows, row_seeds, split_rows
 from kdcore.losses import Weighted
 from kdcore.models import Batch, Model, Source
 from kdcore.options import Sampling
+
+
+class StudentStage(TrainStage):
+    """A stage that trains one student, which may write in it; what is measured and kept is the student.
+
+    Args:
+        student: the model that is trained.
+        options: of the suite.
+        name: the stage's name.
+        seed: of the run.
+        sampler: who writes, where it is not the student in this process.
+    """
+
+    def __init__(self, student: Model, options: SuiteOptions, name: str, seed: int = 0,
+                 sampler: Sampler | None = None) -> None:  # fmt: skip
+        super().__init__(name)
+        self.student, self.options, self.run_seed = student, options, seed
+        self.exports = {"student": student}
+        self._sampler: list[Sampler] = [sampler or student]  # in a list, so that the student is not registered twice
+
+    @property
+    def sampler(self) -> Sampler:
+        """Who writes."""
+        return self._sampler[0]
+
+    def evaluate(self, batch: Batch) -> Outputs:
+        """The student's outputs."""
+        outputs: Outputs = self.student(batch)
+        return outputs
 
 
 class SequenceDistill(Distill):

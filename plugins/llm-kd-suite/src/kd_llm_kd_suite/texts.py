@@ -41,11 +41,10 @@ class Buffer(nn.Module):
         self.rows: list[Row] = []
         self.facts: dict[str, float] = {}
 
-    def push(self, rows: Sequence[Row]) -> list[Row]:
-        """Add the rows of all processes, in the order of their ranks; gives all of them."""
+    def push(self, rows: Sequence[Row]) -> None:
+        """Add the rows of all processes, in the order of their ranks."""
         more: list[Row] = gather_object(list(rows)) if world_size() > 1 else list(rows)
         self.rows = [*self.rows, *more][-self.capacity :]
-        return more
 
     def draw(self, batch: Batch, *parts: object) -> Batch:
         """The batch with a row of the buffer in the place of each of its own; which, depends on parts and sample."""

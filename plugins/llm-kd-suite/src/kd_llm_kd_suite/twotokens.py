@@ -6,6 +6,7 @@ follows the idea of general on-policy logit distillation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from kd_llm_kd_suite import functional
 from kd_llm_kd_suite.chunked import mean_over_tokens
 from kd_llm_kd_suite.losses import ULD, next_token
 from kd_llm_kd_suite.options import SuiteOptions, ULDOptions
-from kdcore import Outputs, TrainStage
+from kd_llm_kd_suite.stages import StudentStage
+from kdcore import Outputs
 from kdcore.data import IGNORE, DataModule
 from kdcore.errors import ModelError
 from kdcore.generation import join_rows, split_rows
@@ -25,7 +27,7 @@ Spans = list[tuple[int, int]]
 """Where each token of a text begins and ends, in characters."""
 
 
-class TwoTokenizers(TrainStage):
+class TwoTokenizers(StudentStage):
     """Language modelling on the student's tokens, and sorted probabilities against the teacher's on the same text.
 
     Args:
@@ -41,10 +43,9 @@ class TwoTokenizers(TrainStage):
 
     def __init__(self, student: Model, teacher: Model, options: SuiteOptions, data: DataModule,
                  name: str = "distill") -> None:  # fmt: skip
-        super().__init__(name)
-        self.student, self.options, self.data = student, options, data
+        super().__init__(student, options, name)
+        self.data = data
         self.frozen = {"teacher": teacher.freeze()}
-        self.exports = {"student": student}
         self.uld = ULD(ULDOptions(top=options.top))
         self.ours, self.theirs = student.tokenizer or data.task.tokenizer, teacher.tokenizer
         for role, tokenizer in (("student", self.ours), ("teacher", self.theirs)):
@@ -111,21 +112,14 @@ class TwoTokenizers(TrainStage):
         pieces = torch.tensor(sum(map(len, batch["groups"])), device=pairs.device)
         return {"sft": ours.sum(), "uld": pairs if self.options.algorithm == "uld" else pieces}
 
-    def evaluate(self, batch: Batch) -> Outputs:
-        """The student's outputs."""
-        outputs: Outputs = self.student(batch)
-        return outputs
 
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
 
 def _spans(tokenizer: Any, ids: list[int]) -> Spans:
-    """Where each token begins and ends in the text of all of them. A token that ends within a letter of several bytes
-    ends before it."""
-    ends = [len(_decode(tokenizer, ids[: i + 1]).rstrip("\ufffd")) for i in range(len(ids))]
+    ends = functional.token_ends(lambda some: _decode(tokenizer, some), ids)
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+from kd_llm_kd_suite.functional import token_ends
 from kd_mgsr_llm.options import ChunkerName
 from kdcore.data import IGNORE
 from kdcore.errors import DataError
@@ -189,14 +190,8 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[Span]]:
         again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         if list(again["input_ids"]) == list(ids):
             return text, [(start, end) for start, end in again["offset_mapping"]]
-    # a text that ends within a character, or before the blank that follows, is not how the whole one begins
-    ends = [_shared(text, _text(tokenizer, ids[: i + 1])) for i in range(len(ids))]
+    ends = token_ends(lambda some: _text(tokenizer, some), ids)
     return text, list(zip([0, *ends], ends, strict=False))
-
-
-def _shared(one: str, two: str) -> int:
-    """Characters with which both begin."""
-    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

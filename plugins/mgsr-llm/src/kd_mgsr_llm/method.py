@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from kd_llm_kd_suite.answers import Answers
 from kd_llm_kd_suite.losses import Divergence, NextToken
-from kd_llm_kd_suite.method import sampler
+from kd_llm_kd_suite.method import answers, check_causal, sampler, warm_up
 from kd_mgsr_llm.losses import DACKL, SpanCorrelation
 from kd_mgsr_llm.options import MGSROptions, SpanOptions
 from kd_mgsr_llm.stages import RevisedDistill
-from kdcore import Distill, Method, Roles, Run, Stage
-from kdcore.errors import ModelError, RecipeError
+from kdcore import Method, Roles, Run, Stage
+from kdcore.errors import ModelError
 from kdcore.losses import Weighted
 
 
@@ -34,15 +33,10 @@ class MGSR(Method):
         """The stages."""
         o = self.options
         self._check(run)
-        if o.sft_epochs:
-            warm = Distill(run.student, [Weighted(NextToken(), name="sft")], name="warm-up")
-            warm.overrides = {"epochs": o.sft_epochs}
-            yield warm
+        yield from warm_up(run, o)
         gold = [Weighted(NextToken(), o.sft_weight, "sft")] if o.sft_weight else []
         yield RevisedDistill(run.student, run.teacher, self.losses(), gold, o, run.seed, sampler(run))
-        split = run.recipe.eval.on[0]
-        if o.answers and run.student.writes and split in run.data:
-            yield Answers(run.student, run.teacher, o.sampling, o.answers, split)
+        yield from answers(run, o, run.teacher)
 
     def losses(self) -> list[Weighted]:
         """The terms on every text."""
@@ -57,9 +51,7 @@ class MGSR(Method):
 
     def _check(self, run: Run) -> None:
         """Refuse what would fail late."""
-        if run.data.task.kind != "causal-lm":
-            raise RecipeError(f"mgsr-llm distils language models; the data poses a task of kind "
-                              f"{run.data.task.kind!r}: set `data.task: causal-lm`")  # fmt: skip
+        check_causal(run, "mgsr-llm")
         if self.options.student_data_fraction and not run.student.writes:
             raise ModelError("mgsr-llm lets the student write, and students.student writes no tokens: take a causal "
                              "language model of transformers, or set `method.student_data_fraction: 0`")  # fmt: skip

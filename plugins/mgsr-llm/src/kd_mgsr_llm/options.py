@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from kdcore.options import Options, Sampling
+from kd_llm_kd_suite.options import WritingOptions
+from kdcore.options import Options
 
 ChunkerName = Literal["rules", "nltk", "spacy"]
 Metric = Literal["l2", "squared", "cosine"]
@@ -37,7 +38,7 @@ class SpanOptions(Options):
     chunker: ChunkerName = Field("rules", description="finds the phrases: rules for English, or a tagger of a library")
 
 
-class MGSROptions(Options):
+class MGSROptions(WritingOptions):
     """A language model distilled on texts that are revised by sequence, by token and by span."""
 
     scrg: bool = Field(True, description="correct the student's texts: the teacher replaces the worst token")
@@ -68,21 +69,12 @@ class MGSROptions(Options):
     sft_weight: float = Field(1.0, ge=0, description="weight of the language-model loss, on the data's texts only")
     dac_weight: float = Field(1.0, ge=0, description="weight of the divergence, clipped or plain")
     chunker: ChunkerName = Field("rules", description="finds the phrases: rules for English, or a tagger of a library")
-    max_new_tokens: int = Field(128, gt=0, description="tokens of a text that is written, at most")
-    sampling_temperature: float = Field(1.0, ge=0, description="of texts that are written; 0 takes the likeliest token")
-    sft_epochs: float = Field(0.0, ge=0, description="epochs of the student on the data's texts before it is distilled")
-    answers: int = Field(64, ge=0, description="validation prompts that are answered at the end and measured")
 
     @field_validator("policy", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
         """YAML reads `on` and `off` as true and false."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-    @property
-    def sampling(self) -> Sampling:
-        """How texts are written in training."""
-        return Sampling(max_tokens=self.max_new_tokens, temperature=self.sampling_temperature)
 
     @property
     def clipping(self) -> DACOptions:

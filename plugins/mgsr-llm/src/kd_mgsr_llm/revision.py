@@ -13,7 +13,7 @@ from kd_llm_kd_suite.chunked import CHUNK, Scores
 from kd_llm_kd_suite.functional import forward_kl
 from kd_mgsr_llm.functional import answer_mask, common, find_errors
 from kdcore import Outputs
-from kdcore.data import derive_seed
+from kdcore.data import derive_seed, to_device
 from kdcore.generation import Sampler, join_rows
 from kdcore.models import Model
 from kdcore.options import Sampling
@@ -72,7 +72,7 @@ def worst_tokens(
 ) -> list[tuple[int, int] | None]:
     """Of each answer, the place of its worst token and the teacher's token for it; `None` where they agree."""
     device = next(student.parameters()).device
-    batch = join_rows(prompts, answers, {"input_ids": torch.empty(0, device=device)})
+    batch = to_device(join_rows(prompts, answers), device)
     labels = batch["labels"]
     divergences, tokens = error_map(student(batch), teacher(batch), labels)
     places = find_errors(divergences, tokens, labels, answer_mask(labels))

@@ -16,7 +16,7 @@ from kd_transformers.configs import check_kernel
 from kd_transformers.heads import HEADS, is_decoder_only
 from kd_transformers.options import TextOptions
 from kd_transformers.source import explained, find_source
-from kd_transformers.writing import Draw, generation_settings, uniform
+from kd_transformers.writing import Draw, generation_settings, padded, uniform
 from kdcore.data import Task
 from kdcore.errors import DataError, ModelError, RunFailed
 from kdcore.options import Sampling
@@ -135,19 +135,14 @@ class TransformersText(TextTeacher):
     @torch.no_grad()
     def _write(self, prompts: list[list[int]], numbers: Tensor, sampling: Sampling) -> list[Answer]:
         """One answer to each of some prompts, drawn with the random numbers `[B, max_tokens]`."""
-        longest = max(map(len, prompts))
-        gaps = [longest - len(ids) for ids in prompts]
-        left = self.decoder_only  # an answer stands right after its prompt; an encoder reads from its first position
-        ids = [[self.pad] * gap + p if left else p + [self.pad] * gap for p, gap in zip(prompts, gaps, strict=True)]
-        mask = [[0] * gap + [1] * len(p) if left else [1] * len(p) + [0] * gap
-                for p, gap in zip(prompts, gaps, strict=True)]  # fmt: skip
-        device = self.module.device
-        start = longest if self.decoder_only else 1
+        # an answer stands right after its prompt; an encoder reads from its first position
+        ids, mask = padded(prompts, self.pad, self.module.device, "left" if self.decoder_only else "right")
+        start = ids.shape[1] if self.decoder_only else 1
         draw = Draw(sampling, numbers, start)
         contexts = prompts if self.decoder_only else [[]] * len(prompts)
         over = [SaidStop(self._text, contexts, sampling.stop, start)] if sampling.stop else []
         found = self.module.generate(
-            input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
+            input_ids=ids, attention_mask=mask,
             max_new_tokens=sampling.max_tokens, do_sample=False, logits_processor=LogitsProcessorList([draw]),
             stopping_criteria=StoppingCriteriaList(over),
         )  # fmt: skip

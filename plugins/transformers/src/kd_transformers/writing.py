@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from kdcore.data import derive_seed
@@ -43,7 +44,7 @@ class Writer:
     ) -> list[list[int]]:  # fmt: skip
         """The tokens after each context, with the one that ends them."""
         most = self._rooms(contexts, limits or [sampling.max_tokens] * len(contexts))
-        ids, mask = left_padded(contexts, self.pad, module.device)
+        ids, mask = padded(contexts, self.pad, module.device)
         start, room = ids.shape[1], max(most)
         numbers = torch.stack([uniform(room, seed) for seed in seeds])
         draw = Draw(sampling, numbers, start)
@@ -100,12 +101,11 @@ def generating(module: Any, settings: Any) -> Iterator[None]:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Rows of tokens that end together `[B, T]`, and their mask."""
-    longest = max(map(len, rows))
-    ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+def padded(rows: Sequence[Sequence[int]], pad: int, device: Any, side: str = "left") -> tuple[Tensor, Tensor]:
+    """Rows of tokens that end together `[B, T]`, or begin together (`right`), and their mask."""
+    ids, mask = (pad_sequence([torch.tensor(row) for row in values], True, fill, side) for values, fill in
+                 ((rows, pad), ([[1] * len(row) for row in rows], 0)))  # fmt: skip
+    return ids.to(device), mask.to(device)
 
 
 class Draw(LogitsProcessor):  # type: ignore[misc]

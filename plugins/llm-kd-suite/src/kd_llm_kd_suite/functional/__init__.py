@@ -32,7 +32,7 @@ from kd_llm_kd_suite.functional.policy import (
     whiten,
 )
 from kd_llm_kd_suite.functional.preferences import best_nll, dpo, pro, rrhf, sequence_logprobs
-from kd_llm_kd_suite.functional.tokenizers import align, span_logprobs, span_uld, uld
+from kd_llm_kd_suite.functional.tokenizers import align, span_logprobs, span_uld, token_ends, uld
 
 __all__ = [
     "DIVERGENCES",
@@ -68,6 +68,7 @@ __all__ = [
     "span_logprobs",
     "span_uld",
     "symmetric_kl",
+    "token_ends",
     "token_logprobs",
     "total_variation",
     "uld",

@@ -4,7 +4,7 @@ Two ways: compare the *shapes* of the distributions, sorted by probability (`uld
 which both tokenizations agree (`align`) and compare them there (`span_logprobs`, `span_uld`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,24 @@ def align(student: Offsets, teacher: Offsets) -> list[Group]:
             start, their_start = end, their_end
             i, j = i + 1, j + 1
     return groups
+
+
+def token_ends(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[int]:
+    """Where each token ends in the text of all of them, in characters, from how the text grows token by token.
+
+    A token that ends within a character of several bytes ends before it.
+
+    Args:
+        decode: tokens -> text.
+        ids: the tokens.
+    """
+    text = decode(ids)
+    return [_shared(text, decode(ids[: i + 1])) for i in range(len(ids))]
+
+
+def _shared(one: str, two: str) -> int:
+    """Characters with which both begin: a text cut within a character, or before a blank, ends in others."""
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
 def span_logprobs(logprobs: Tensor, spans: Sequence[Span]) -> Tensor:
