@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from kdcore.components import Kind
 from kdcore.errors import ComponentError, RecipeError, did_you_mean, shown
@@ -152,6 +152,19 @@ class EvalOptions(_Section):
     on: list[str] = Field(
         ["val"], min_length=1, description="splits the student is evaluated on at the end; the first during training"
     )
+    window: tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="height and width of a window that slides over the images of a segmentation; default: no window",
+    )
+    stride: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="pixels that it moves by, down and to the right; default: two thirds of the window"
+    )
+
+    @model_validator(mode="after")
+    def _slides(self) -> EvalOptions:
+        if self.stride and not (self.window and all(s <= w for s, w in zip(self.stride, self.window, strict=True))):
+            raise ValueError("stride: it belongs to a window, which it may not exceed: set `window`, or leave it out")
+        return self
 
 
 Model = Annotated[ModelSpec, BeforeValidator(_shorthand)]

@@ -391,4 +391,7 @@ class Run:
         for split in self.recipe.eval.on:
             if split not in self.data and "on" in self.recipe.eval.model_fields_set:
                 raise DataError(f"eval.on: the data has no split {split!r}; it has: {', '.join(self.data.splits)}")
+        if self.recipe.eval.window and self.data.task.kind != "segmentation":
+            raise RecipeError(f"eval.window: it slides over the images of a segmentation; a task of kind "
+                              f"{self.data.task.kind!r} has none")  # fmt: skip
         _ = self.metric_names  # refuses names that are not there

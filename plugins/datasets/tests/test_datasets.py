@@ -321,6 +321,49 @@ def test_image_and_mask_move_together(scenes):
     assert moved
 
 
+def test_a_scaled_crop_shows_image_and_mask_at_many_scales_and_fills_up_with_what_does_not_count(scenes):
+    data = load(scenes, **SCENES, size=(16, 16), augment=["random-scale-crop"])
+    filled, whites = 0, set()
+    for batch in data.train_loader("train", 8, seed=0, start=0, stop=6):
+        image, mask = batch["image"][:, 0], batch["mask"]
+        assert mask.shape[1:] == (16, 16)
+        counted = mask != IGNORE
+        assert ((image > 0.5) == (mask == 1))[counted].float().mean() > 0.95
+        filled += int((~counted & (image == 0)).any())
+        whites |= set((mask == 1).sum((1, 2)).tolist())
+    assert filled
+    assert len(whites) > 8
+    assert "two positive factors" in refusal(scenes, **SCENES, augment=[{"random-scale-crop": {"scale": [2, 1]}}])
+
+
+def test_images_keep_their_size_in_evaluation_where_that_is_asked_for(scenes):
+    data = load(scenes, **SCENES, size=(8, 8), eval_resize=False, splits={"train": "train", "val": "train"})
+    assert data["train"][0]["mask"].shape == (8, 8)
+    sizes = {tuple(batch["mask"].shape[1:]) for batch in data.eval_loader("val", 1)}
+    assert (16, 24) in sizes
+    assert "only a segmentation" in refusal(scenes, image="photo", eval_resize=False)
+
+
+def test_images_of_different_sizes_do_not_make_a_batch(tmp_path):
+    for number, side in enumerate((4, 6)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{number}.jpg")
+        Image.new("L", (side, side)).save(tmp_path / f"{number}.png")
+    lines = [json.dumps({"image": f"{i}.jpg", "mask": f"{i}.png"}) for i in range(2)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    data = load(tmp_path / "d.jsonl", classes=2, eval_resize=False, size=4, splits={"train": "train", "val": "train"})
+    assert [tuple(batch["image"].shape) for batch in data.eval_loader("val", 1)] == [(1, 3, 4, 4), (1, 3, 6, 6)]
+    with pytest.raises(DataError, match=r"4 x 4, 6 x 6.*eval_batch_size: 1"):
+        next(iter(data.eval_loader("val", 2)))
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "i.png")
+    Image.new("L", (4, 5)).save(tmp_path / "m.png")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"image": "i.png", "mask": "m.png"}))
+    with pytest.raises(DataError, match="this one is 5 x 4, and the image 4 x 4"):
+        load(tmp_path / "d.jsonl", classes=2)["train"][0]
+
+
 # -- streams ---------------------------------------------------------------------------------------------------------
 
 

@@ -70,12 +70,16 @@ def _module(
     augment = Augment(options.augment, size, samples.kind == "segmentation") if size and options.augment else None
     if options.augment and not size:
         raise DataError("augment: the steps change images, and the data has no column of them: set `image:`")
-    crops = any("random-resized-crop" in step for step in options.augment)
+    crops = any(name in step for step in options.augment for name in ("random-resized-crop", "random-scale-crop"))
+    if not options.eval_resize and samples.kind != "segmentation":
+        raise DataError(f"eval_resize: only a segmentation can keep the sizes of its images; this is {samples.kind!r}")
     made: dict[str, Any] = {}
     for name, rows in splits.items():
         finish: Finish | None = None if name == "train" and crops else fit
         if name == "train" and (options.packing or options.padding_free):
             finish = alone
+        if name != "train" and not options.eval_resize:
+            finish = as_it_is
         made[name] = _Stream(rows, samples, finish, name) if options.streaming else _Rows(rows, samples, finish)
     if options.packing and "train" in made:
         groups = best_fit_decreasing(corpus.lengths(splits["train"]), options.max_length or 0)
@@ -86,6 +90,15 @@ def _module(
                 vocabulary_fingerprint(tokenizer) if tokenizer else None)  # fmt: skip
     paddings = texts.paddings(tokenizer) if tokenizer else {}
     return DataModule(made, task, collate=_Collate(fit, paddings, options.padding_free), augment=augment)
+
+
+def as_it_is(sample: Sample) -> Sample:
+    """The sample with plain tensors for image and mask, as large as they are."""
+    return {**sample, **{key: sample[key].as_subclass(torch.Tensor) for key in ("image", "mask") if key in sample}}
+
+
+def _size(image: torch.Tensor) -> str:
+    return " x ".join(map(str, image.shape[-2:]))
 
 
 def _count(samples: Samples) -> int | None:
@@ -180,6 +193,9 @@ class Samples:
             sample["mask"] = pictures.to_mask(
                 picture, self.classes.count or 0, options.ignore_label, options.reduce_labels
             )
+            if "image" in sample and sample["image"].shape[-2:] != sample["mask"].shape:
+                raise DataError(f"a mask has the size of its image; this one is {_size(sample['mask'])}, and the image "
+                                f"{_size(sample['image'])}")  # fmt: skip
         if self.encoder:
             sample |= language.to_sample(row, texts.paddings(self.tokenizer)["input_ids"])
         if "text" in values:
@@ -284,4 +300,7 @@ class _Collate:
             if key in samples[0]
         }
         rest = [{key: value for key, value in sample.items() if key not in padded} for sample in samples]
+        if len(sizes := {_size(sample["image"]) for sample in samples if "image" in sample}) > 1:
+            raise DataError(f"images of different sizes ({', '.join(sorted(sizes))}) do not make a batch: set "
+                            "`train.eval_batch_size: 1`, or leave `eval_resize` at true")  # fmt: skip
         return {**padded, **default_collate(rest)}

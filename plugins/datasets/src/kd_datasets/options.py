@@ -13,8 +13,8 @@ from kdcore.options import Download, Options
 ROLES = ("image", "label", "mask", "text", "text_pair")
 LANGUAGE_ROLES = ("prompt", "completion", "messages", "chosen", "rejected")
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-AUGMENTATIONS = ("random-resized-crop", "random-crop", "flip", "vertical-flip", "rotation", "color-jitter",
-                 "randaugment", "trivial-augment", "random-erasing")  # fmt: skip
+AUGMENTATIONS = ("random-resized-crop", "random-scale-crop", "random-crop", "flip", "vertical-flip", "rotation",
+                 "color-jitter", "randaugment", "trivial-augment", "random-erasing")  # fmt: skip
 HUB_TIMEOUT = 3.0  # seconds to wait for the Hub to tell a size
 
 Kind = Literal["classification", "multilabel", "regression", "segmentation", "causal-lm", "unlabelled"]
@@ -63,6 +63,11 @@ class DatasetsOptions(Options):
     reduce_labels: bool = Field(False, description="masks count from 1, and 0 does not count (ADE20K)")
     size: int | tuple[int, int] | None = Field(
         None, description="side, or height and width, of images; default: as they are"
+    )
+    eval_resize: bool = Field(
+        True,
+        description="segmentation: false leaves images and masks of all splits but train as large as they are; where "
+        "their sizes differ, with `train.eval_batch_size: 1`",
     )
     crop_fraction: float = Field(
         1.0, gt=0, le=1, description="side of the centre crop, of the resized image (classification)"

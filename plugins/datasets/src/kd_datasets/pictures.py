@@ -129,8 +129,38 @@ class Augment:
         return {**sample, **{key: value.as_subclass(Tensor) for key, value in self.transform(view).items()}}
 
 
+class RandomScale(v2.Transform):  # type: ignore[misc]
+    """Makes an image, and its mask, larger or smaller by a random factor.
+
+    Args:
+        scale: the smallest and the largest factor.
+    """
+
+    def __init__(self, scale: tuple[float, float]) -> None:
+        super().__init__()
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale: two positive factors, the smaller one first; not {list(scale)}")
+        self.scale = scale
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """The size that is drawn."""
+        low, high = self.scale
+        factor = low + (high - low) * float(torch.rand(()))
+        return {"size": [max(1, round(factor * side)) for side in v2.query_size(flat_inputs)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """An image or a mask of that size."""
+        return self._call_kernel(F.resize, inpt, params["size"])
+
+
+def random_scale_crop(size: tuple[int, int], scale: tuple[float, float] = (0.5, 2.0)) -> Any:
+    """An image at a random scale, of which a piece is cut out; filled up where it is smaller than that."""
+    return v2.Compose([RandomScale(scale), v2.RandomCrop(size, pad_if_needed=True, fill=FILL)])
+
+
 STEPS: dict[str, Callable[[tuple[int, int]], tuple[Any, dict[str, Any]]]] = {
     "random-resized-crop": lambda size: (v2.RandomResizedCrop, {"size": size}),
+    "random-scale-crop": lambda size: (random_scale_crop, {"size": size}),
     "random-crop": lambda size: (v2.RandomCrop, {"size": size, "padding": min(size) // CROP_PADDING, "fill": FILL}),
     "flip": lambda size: (v2.RandomHorizontalFlip, {}),
     "vertical-flip": lambda size: (v2.RandomVerticalFlip, {}),

@@ -1,0 +1,1 @@
+"""Segmentation networks of segmentation_models_pytorch, and pictures of what segmenters predict."""
