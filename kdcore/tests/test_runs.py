@@ -238,6 +238,9 @@ def test_modules_and_data_sets_are_distilled_without_a_recipe(manager, tmp_path)
                             train={"epochs": 2, "batch_size": 8}, run_dir=tmp_path / "run")  # fmt: skip
     assert "val/accuracy" in result.metrics
     assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    kdcore.distill(make(16), make(4), TensorDataset(x, y), {"use": "toy-kd"}, plugins=manager, train={"steps": 1},
+                   run_dir=tmp_path / "mapping")  # fmt: skip
+    assert (tmp_path / "mapping" / "student").is_dir()
     with pytest.raises(ModelError, match="teacher has 3 classes, student has 2"):
         kdcore.distill(torch.nn.Linear(6, 3), make(4), TensorDataset(x, y), "toy-kd", plugins=manager,
                        task=kdcore.Task("classification"), run_dir=tmp_path / "bad")  # fmt: skip

@@ -78,7 +78,7 @@ def distill(
     teacher: Any,
     student: Any,
     data: Any,
-    method: str = "kd",
+    method: str | Mapping[str, Any] = "kd",
     *,
     task: Task | None = None,
     keys: Sequence[str] = ("image", "label"),
@@ -97,7 +97,7 @@ def distill(
         teacher, student: modules (called with the batch's first entry, or by the names their `forward` takes) or
             `kdcore.Model`s. `teacher` may be `None` or a mapping of roles to modules.
         data: a data set or `DataLoader`, a pair (train, val), or a mapping of splits to either.
-        method: name of the method; `options` are its options.
+        method: its name, and `options` its options; or both as in a recipe: `{"use": "kd", "temperature": 4}`.
         task: what the data asks; guessed from a batch if not given.
         keys: names of the entries of tuple samples, in order.
         train, eval, losses, seed: as in a recipe.
@@ -114,12 +114,13 @@ def distill(
     if module.task.num_classes is None and module.task.kind not in ("regression", "unlabelled"):
         known = [*given["teachers"].values(), given["students"]["student"]]  # a student's head may be a wider one
         module.task = _with_classes(module, next(m for m in known if isinstance(m, Model)))
-    recipe = {"method": {"use": method, **options}, "data": "given:given", "train": dict(train or {}),
+    named = {"use": method} if isinstance(method, str) else dict(method)
+    recipe = {"method": {**named, **options}, "data": "given:given", "train": dict(train or {}),
               "eval": dict(eval or {}),              "losses": list(losses), "seed": seed}  # fmt: skip
     if not plugins or not any(info.name == "given" for info in manager.plugins()):
         manager.register(_Given, name="given")
     resolved = resolve(recipe, manager, "distill()")
-    return _run(resolved, manager, Path(run_dir or Path("runs") / method), resume, given)
+    return _run(resolved, manager, Path(run_dir or Path("runs") / str(named.get("use"))), resume, given)
 
 
 def _run(

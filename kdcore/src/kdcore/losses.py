@@ -143,6 +143,17 @@ class TaskLoss(Loss):
         return _cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
 
 
+class AuxiliaryLoss(TaskLoss):
+    """The same of a second head, whose logits are `Outputs.extras["aux_logits"]`; no term for a student without one."""
+
+    needs = {}
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Any:
+        """Mean over the target's positions that are not ignored."""
+        logits = student.extras.get("aux_logits")
+        return {} if logits is None else super().forward(Outputs(logits=logits), teacher, batch)
+
+
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
     return total / (target != IGNORE).sum().clamp(min=1)

@@ -9,9 +9,9 @@ from torch import Tensor
 from kd_bpkd.functional import bpkd
 from kd_bpkd.options import BPKDLossOptions
 from kdcore import Loss, Outputs
-from kdcore.data import IGNORE, Task
+from kdcore.data import IGNORE
 from kdcore.errors import DataError
-from kdcore.losses import TaskLoss, count_samples
+from kdcore.losses import count_samples
 
 
 class BPKD(Loss):
@@ -48,20 +48,3 @@ class BPKD(Loss):
     def count(self, batch: dict[str, Any]) -> Tensor:
         """Images: the terms are averaged over them, however many of their pixels are labelled."""
         return count_samples(batch)
-
-
-class AuxiliaryCrossEntropy(Loss):
-    """Cross-entropy of the student's auxiliary head, whose logits `[B, C, h, w]` are `Outputs.extras["aux_logits"]`."""
-
-    needs = {}
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.loss = TaskLoss(task)
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: dict[str, Any]) -> Tensor | dict[str, Tensor]:
-        """Mean over the pixels that are not ignored; no term for a student without such a head."""
-        if "aux_logits" not in student.extras:
-            return {}
-        found: Tensor = self.loss(Outputs(logits=student.extras["aux_logits"]), teacher, batch)
-        return found

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from kd_bpkd.losses import BPKD, AuxiliaryCrossEntropy
+from kd_bpkd.losses import BPKD
 from kd_bpkd.options import BPKDOptions
 from kdcore import Distill, Method, Run, Stage
 from kdcore.errors import DataError
-from kdcore.losses import TaskLoss, Weighted
+from kdcore.losses import AuxiliaryLoss, TaskLoss, Weighted
 
 
 class BPKDMethod(Method):
@@ -34,7 +34,7 @@ class BPKDMethod(Method):
             run.student,
             [
                 Weighted(TaskLoss(task), name="cross-entropy"),
-                Weighted(AuxiliaryCrossEntropy(task), self.options.aux_weight, "auxiliary"),
+                Weighted(AuxiliaryLoss(task), self.options.aux_weight, "auxiliary"),
                 Weighted(BPKD(self.options), name="bpkd"),
             ],
             run.teacher,
