@@ -1,0 +1,1 @@
+"""TransKD: distillation between hierarchical vision transformers for semantic segmentation."""
