@@ -1,0 +1,1 @@
+"""Distillation through adaptive and cooperative attention masks (ACAM-KD)."""
