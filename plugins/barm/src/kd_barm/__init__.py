@@ -1,0 +1,1 @@
+"""Class-incremental segmentation with background adaptation and residual modelling."""
