@@ -17,6 +17,7 @@ import io
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -33,10 +34,11 @@ ARCHIVE = "dsb2018_106.zip"
 CLASSES = ["background", "inside", "border"]
 METRICS = ["test/miou", "test/boundary-f1"]
 
-LARGE = {"use": "smp", "encoder": "resnet34", "pretrained": False, "settings": {"upsampling": 1}}
+LARGE = {"use": "smp", "encoder": "resnet18", "pretrained": False,
+         "settings": {"upsampling": 1, "decoder_channels": 96}}  # fmt: skip
 SMALL = {"use": "smp", "encoder": "mobilenetv3_small_050",
          "settings": {"upsampling": 1, "decoder_channels": 48}}  # fmt: skip
-TRAINED = {"train": {"steps": 1200, "eval_every": 1200}}
+TRAINED = {"train": {"steps": 300, "eval_every": 300}}
 
 
 def segformer(widths: list[int], blocks: int) -> dict[str, Any]:
@@ -76,6 +78,54 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
+TABLES["label-assisted"] = {
+    "base": {"student": SMALL},
+    "rows": {
+        "LAD": {"method": "lad", "stages": {"train_teacher_with_labels": {"train": {"steps": 300}}}},
+        "LAD whose teacher sees no labels": {
+            "method": {"use": "lad", "scale": 0}, "stages": {"train_teacher_with_labels": {"train": {"steps": 300}}}},
+        "student alone": {"method": "distill", "losses": ["cross-entropy"]},
+        "KD": {"method": "distill", "losses": ["cross-entropy", {"use": "kd", "temperature": 1.0}],
+               "teacher": {**SMALL, **TRAINED}},
+        "CWD": {"method": "distill", "losses": ["cross-entropy", {"use": "cwd", "weight": 3.0}],
+                "teacher": {**SMALL, **TRAINED}},
+    },
+}  # fmt: skip
+"""Teachers of the student's own size, trained twice as long."""
+ALONE = {"hfd": "off", "weights": {"region": 0, "pixel": 0}}
+TABLES["together"] = {
+    "base": {"method": {"use": "gsc-kd"}, "students": {"cnn": SMALL, "vit": segformer([16, 32, 40, 64], 1)},
+             "train": {"optimizer": {"lr": 1e-3}}},
+    "rows": {
+        "students alone": {"method": ALONE},
+        "DML": {"method": {"hfd": "off", "weights": {"region": 0}, "selection": "none"}},
+        "GSC-KD": {},
+    },
+    "metrics": ["test/miou-cnn", "test/miou-vit", "test/boundary-f1-cnn", "test/boundary-f1-vit"],
+}  # fmt: skip
+"""Two students and no teacher."""
+FEW = {"data": {"splits": {"train": "train[:20]"}}}
+MGD = {"use": "mgd-sss", "labelled_list": "labelled.txt", "lambda_region": 10, "feature_layer": "decoder"}
+TABLES["semi"] = {
+    "base": {
+        "teachers": {
+            "deep": {**SMALL, "encoder": "mobilenetv3_large_075", "pretrained": False},
+            "wide": {**SMALL, "pretrained": False, "settings": {"upsampling": 1, "decoder_channels": 192}},
+        },
+        "student": SMALL,
+        "train": {"batch_size": 4},
+    },
+    "rows": {
+        "MGD-SSS": {"method": {**MGD, "stage1": "auto"}},
+        "MGD-SSS, pixels alone": {"method": {**MGD, "lambda_image": 0, "lambda_region": 0}},
+        "student alone": {"method": "distill", "losses": ["cross-entropy"], **FEW},
+        "KD": {"method": "distill", "losses": ["cross-entropy", {"use": "kd", "temperature": 1.0, "teacher": "deep"}],
+               **FEW},
+        "CWD": {"method": "distill", "losses": ["cross-entropy", {"use": "cwd", "weight": 3.0, "teacher": "deep"}],
+                **FEW},
+    },
+}  # fmt: skip
+"""The first 20 images are labelled, of the other 60 only MGD-SSS and its teachers make use."""
 FINE_TUNING = {"background": "shared", "pseudo_thresh": None, "w_tri": 0, "w_bfd": 0, "w_gkd": 0, "w_bga_bce": 0}
 TABLES["incremental"] = {
     "base": {
@@ -153,6 +203,7 @@ def unpack(archive: Path, folder: Path) -> Path:
             rows.append(json.dumps({"image": name, "mask": label}))
     listed = folder / "pictures.jsonl"
     listed.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "labelled.txt").write_text("".join(f"{number}\n" for number in range(20)), encoding="utf-8")
     return listed
 
 
@@ -173,12 +224,15 @@ def one_seed(listed: str, name: str, seed: int, rows: list[str], steps: int, mor
     for number, row in enumerate(rows):
         parts = [base(listed, steps), table["base"], table["rows"][row], trained, {"seed": seed}]
         recipe: Any = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, parts)))
+        if isinstance(recipe["method"], dict) and "labelled_list" in recipe["method"]:
+            recipe["method"]["labelled_list"] = str(Path(listed).with_name("labelled.txt"))
         where = Path(folder) / f"{name}-{seed}-{number}"
         found[row] = kdcore.run(recipe, more, run_dir=where, plugins=manager).metrics
+        print(f"{name}, seed {seed}, {row}: {json.dumps(found[row])}", file=sys.stderr, flush=True)
         for artifact in where.glob("stages/*/artifact/*/config.json"):
             role = artifact.parent.name
             key = ("teacher",) if role == "teacher" else ("teachers", role)
-            if artifact.parents[2].name.endswith(f"-{role}") and (specs := _at(recipe, key)) and "train" in specs:
+            if artifact.parents[2].name.endswith(f"-{role}") and "checkpoint" not in _at(recipe, key):
                 _put(trained, key, {"checkpoint": str(artifact.parent), "train": None})
     return found
 
@@ -218,7 +272,7 @@ def main() -> None:
     parser.add_argument("--table", choices=list(TABLES), required=True)
     parser.add_argument("--rows", nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600, help="of each student")
+    parser.add_argument("--steps", type=int, default=200, help="of each student")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at the same time")
     parser.add_argument("-o", "--override", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()

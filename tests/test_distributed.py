@@ -31,6 +31,24 @@ except BaseException as error:
     Path(f"said-{run.accelerator.process_index}").write_text(f"{type(error).__name__}: {error}")
 """
 
+GATHERED = """
+import sys
+
+import torch
+from torch import distributed
+
+from kdcore.processes import gather_with_grad
+
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+x = torch.arange(24.0).view(2, 3, 4).add(100 * rank).requires_grad_()
+weights = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(0))
+loss = (gather_with_grad(x).transpose(1, 2) ** 2 * weights).sum() / 2  # its gradient is laid out the other way round
+loss.backward()
+wanted = 2 * x.detach() * weights.transpose(1, 2)[2 * rank : 2 * rank + 2]
+torch.testing.assert_close(x.grad, wanted)  # half of the sum over two processes
+"""
+
 
 def test_a_split_that_is_smaller_than_a_batch_and_odd_gives_what_one_process_gives(kd_process, here):
     for name, more in (("one", []), ("two", ["--processes", "2"])):
@@ -62,3 +80,10 @@ def test_what_goes_wrong_in_one_process_is_told_to_all(here):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr
         assert [Path(f"said-{rank}").read_text() for rank in (0, 1)] == said
+
+
+def test_gathered_tensors_get_their_gradient_however_it_lies_in_memory(here):
+    Path("gathered.py").write_text(GATHERED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "gathered.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -46,7 +46,7 @@ def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[s
         RunFailed: if logits are NaN or plus infinity (minus infinity rules a class out).
     """
     accelerator, data = run.accelerator, stage.data or run.data
-    names = run.metric_names if data is run.data else metric_names(data.task)
+    names = run.metric_names if data.task.kind == run.data.task.kind else metric_names(data.task)
     metrics = stage.make_metrics(data.task, names, run.device)
     was_training, wrong = stage.training, []
     stage.eval()

@@ -82,7 +82,10 @@ def gather_with_grad(tensor: Tensor, shares: Sequence[int] = ()) -> Tensor:
     else:
         parts = [torch.empty_like(tensor) for _ in range(world_size())]
         torch.distributed.all_gather(parts, tensor)
-    return torch.cat([part[:size] for part, size in zip(parts, shares, strict=True)] if uneven else list(parts))
+    whole = torch.cat([part[:size] for part, size in zip(parts, shares, strict=True)] if uneven else list(parts))
+    if whole.requires_grad:  # gloo's exchange of gradients reads memory in order, whatever the strides say
+        whole.register_hook(torch.Tensor.contiguous)
+    return whole
 
 
 def world_size() -> int:
