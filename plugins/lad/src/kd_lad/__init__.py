@@ -1,0 +1,1 @@
+"""Label-assisted distillation: a light teacher that sees noised labels beside the image."""
