@@ -1,0 +1,1 @@
+"""Collaborative learning of a CNN and a vision transformer for semantic segmentation."""

@@ -1,0 +1,3 @@
+from kdcore.testing import conformance
+
+TestConformance = conformance("kd-gsc-kd")
