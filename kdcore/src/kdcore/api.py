@@ -249,16 +249,18 @@ def evaluate(run_dir: str | Path, split: str | None = None, overrides: Iterable[
 
 
 def load_student(run_dir: str | Path, overrides: Iterable[str] = (),
-                 plugins: PluginManager | None = None, role: str = "student") -> tuple[Run, Model]:  # fmt: skip
-    """The run of a folder, not executed, and its trained student."""
+                 plugins: PluginManager | None = None, role: str | None = None) -> tuple[Run, Model]:  # fmt: skip
+    """The run of a folder, not executed, and its trained student; of several, `student`, or the first of the recipe."""
     path = Path(run_dir)
     if not os.path.isfile(path / "recipe.yaml"):
         raise RunFolderError(f"{path} is not a run folder: it has no recipe.yaml")
+    manager = plugins or PluginManager()
+    data = load(path / "recipe.yaml", overrides)
+    roles = ("student", *data.get("students", {}))
+    role = role or next((name for name in roles if (path / "students" / name).is_dir()), "student")
     where = student_folder(path, role)
     folder.verify(where)
     folder.check_recipe_file(path)
-    manager = plugins or PluginManager()
-    data = load(path / "recipe.yaml", overrides)
     if data["data"]["use"] == "given:given":
         raise RunFolderError(f"{path} was made from Python objects; load {where} in Python instead")
     if named := role in data.get("students", {}):
@@ -279,6 +281,9 @@ def student_folder(path: Path, role: str = "student") -> Path:
             if where.is_dir():
                 folder.verify(where, status.get("recipe", ""))
                 return where
+        if several := sorted(where.name for where in (path / "students").glob("*") if where.suffix != ".tmp"):
+            raise RunFolderError(f"{path}: the run has several students ({', '.join(several)}): name the folder of "
+                                 f"one, such as {path / 'students' / several[0]}")  # fmt: skip
         raise RunFolderError(f"{path}: the run has no finished student yet; finish it with the same command")
     if path.is_dir():
         folder.verify_files(path)

@@ -10,7 +10,7 @@ from kd_gsc_kd.co_train import ROLES, CoTrain
 from kd_gsc_kd.method import GSCKD
 from kd_gsc_kd.networks import cross_stage_feature
 from kdcore import PluginManager, api
-from kdcore.errors import DataError, ModelError, RecipeError
+from kdcore.errors import DataError, ModelError, RecipeError, RunFolderError
 from kdcore.evaluation import prepare
 from kdcore.recipe import resolve
 from kdcore.runner import Run
@@ -53,7 +53,9 @@ def of_part(state, part: str) -> dict:
 
 
 def test_both_students_are_saved_measured_and_load_again(tmp_path):
-    result = api.run(recipe(result="vit"), run_dir=tmp_path / "run")
+    given = recipe()
+    given["students"] = dict(reversed(given["students"].items()))
+    result = api.run(given, run_dir=tmp_path / "run")
     assert result.metrics["test/miou"] == result.metrics["test/miou-vit"] != result.metrics["test/miou-cnn"]
     assert [(row["model"], row["test/miou"]) for row in result.rows] == [
         (role, result.metrics[f"test/miou-{role}"]) for role in ROLES
@@ -62,6 +64,8 @@ def test_both_students_are_saved_measured_and_load_again(tmp_path):
     for role in ROLES:
         _, model = api.load_student(tmp_path / "run", role=role)
         assert not [name for name in model.module.state_dict() if "adapter" in name or "projector" in name]
+    with pytest.raises(RunFolderError, match=r"several students .cnn, vit.*students/cnn"):
+        api.student_folder(tmp_path / "run")
 
 
 def test_evaluation_in_training_is_that_of_each_student(tmp_path):

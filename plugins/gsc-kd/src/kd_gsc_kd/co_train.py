@@ -219,7 +219,7 @@ class CoTrain(TrainStage):
 
     def make_metrics(self, task: Task, names: Sequence[str], device: torch.device) -> Metrics:
         """Of each student."""
-        return EachStudent(task, names, device, self.options.result)
+        return EachStudent(task, names, device, self.run.student_roles[0])
 
 
 class EachStudent(Metrics):

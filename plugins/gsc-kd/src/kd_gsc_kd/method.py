@@ -7,18 +7,18 @@ Semantic Segmentation", ICCV (arXiv 2307.12574).
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from pathlib import Path
 from typing import Any
 
 from kd_gsc_kd.co_train import ROLES, CoTrain
 from kd_gsc_kd.options import GSCKDOptions
-from kdcore import Method, Model, Roles, Run, Stage, api
+from kdcore import Method, Roles, Run, Stage
 from kdcore.errors import DataError, RecipeError
 from kdcore.metrics import higher_is_better
 
 
 class GSCKD(Method):
-    """One stage, `co_train`. Both students are saved and measured; the ablation is both trained alone."""
+    """One stage, `co_train`. Both students are saved and measured; the one that the recipe names first stands for the
+    run. The ablation is both trained alone."""
 
     roles = Roles(teachers=(), students=ROLES)
     stage_names = ("co_train",)
@@ -40,11 +40,6 @@ class GSCKD(Method):
         for role in ROLES:
             run.add_row(role, run.model(role))
             report(run, role)
-        run.adopt("student", run.model(self.options.result))
-
-    def restore(self, student: Model | None, folder: Path) -> Model:
-        """The trained student `result` of a finished run, `folder` being where it is saved in the run's folder."""
-        return api.load_student(folder.parents[1], role=self.options.result)[1] if student is None else student
 
 
 def report(run: Run, role: str) -> None:

@@ -58,9 +58,6 @@ class GSCKDOptions(Options):
     ramp: float = Field(
         0.05, ge=0, le=1, description="share of all steps over which the three weights rise linearly from 0"
     )
-    result: Literal["cnn", "vit"] = Field(
-        "cnn", description="the student whose metrics stand for the run, and whom `kd eval` and a `checkpoint:` mean"
-    )
     cnn: StudentOptions = Field(StudentOptions(), description="what concerns the student `cnn` alone")
     vit: StudentOptions = Field(StudentOptions(), description="what concerns the student `vit` alone")
 
