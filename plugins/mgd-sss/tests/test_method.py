@@ -68,11 +68,11 @@ def draw(count: int = 4, **options) -> tuple[tuple[DataModule, tuple[str, ...]],
 
 def stage(ours: Model | None = None, theirs: dict[str, Model] | None = None, **options) -> MultiGranularity:
     found = MGDSSSOptions(**options)
-    return MultiGranularity(ours or model(), theirs or teachers(), 4, draw()[0], found, ["miou"])
+    return MultiGranularity(ours or model(), theirs or teachers(), 4, draw()[0], found)
 
 
 def cps(**options) -> CrossPseudoSupervision:
-    return CrossPseudoSupervision("deep", (model(8, 1), model(8, 2)), draw()[0], MGDSSSOptions(**options), ["miou"])
+    return CrossPseudoSupervision("deep", (model(8, 1), model(8, 2)), draw()[0], MGDSSSOptions(**options))
 
 
 def distill(path, ours=None, theirs=None, given=None, train=None, **options) -> list[dict[str, float]]:
