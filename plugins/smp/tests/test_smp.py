@@ -123,6 +123,8 @@ def test_what_cannot_be_built_is_refused_with_the_way_out(tmp_path):
 def test_downloads_name_the_backbones_weights_and_no_local_ones():
     [found] = SMPTeacherOptions(encoder="resnet18").downloads()
     assert found.name == "smp-hub/resnet18.imagenet"
+    assert 44e6 < found.size < 46e6
+    assert published_weights("mit_b0")[0].size is None
     [found] = published_weights("mobilenetv2_100")
     assert "mobilenetv2" in found.name
     assert found.size > 1e6

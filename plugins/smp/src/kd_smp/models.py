@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_smp.options import SMPOptions
-from kd_timm.models import cached, check_classes, explained, per_channel
+from kd_timm.models import BYTES_PER_WEIGHT, cached, check_classes, explained, per_channel
 from kd_timm.models import published_weights as timm_weights
 from kdcore.api import student_folder
 from kdcore.data import Task
@@ -175,4 +176,9 @@ def published_weights(encoder: str) -> list[Download]:
     if published is None:
         raise ModelError(f"there are no published ImageNet weights of {encoder!r}: set `pretrained: false`")
     repository = published["repo_id"]
-    return [] if cached(f"{repository}@{published['revision']}") else [Download(repository, "Hugging Face Hub")]
+    if cached(f"{repository}@{published['revision']}"):
+        return []
+    size = None
+    with torch.device("meta"), contextlib.suppress(RuntimeError):  # some cannot be built without memory
+        size = BYTES_PER_WEIGHT * sum(t.numel() for t in smp.encoders.get_encoder(name).state_dict().values())
+    return [Download(repository, "Hugging Face Hub", size)]
