@@ -746,6 +746,18 @@ def test_a_recipe_reads_of_the_environment_what_is_allowed_by_name(monkeypatch: 
     assert load({"seed": "${oc.env:MY_SIDE}"}) == {"seed": "12"}
 
 
+@pytest.mark.parametrize("recipe", [
+    {"method": "${oc.env:HOME}"}, {"teacher": "${oc.env:HOME}"}, {"students": "${oc.env:HOME}"},
+    {"students": {"vit": "${oc.env:HOME}"}}, {"eval": "${oc.env:HOME}"}, {"data": {"path": "${oc.env:HOME}"}},
+])  # fmt: skip
+def test_a_variable_that_may_not_be_read_is_named_with_its_key(recipe, monkeypatch):
+    monkeypatch.delenv("KD_ALLOW_ENV", raising=False)
+    [(key, value)] = recipe.items()
+    where = f"{key}.{next(iter(value))}" if isinstance(value, dict) else key
+    with pytest.raises(RecipeError, match=f"{where}: the recipe reads the environment variable HOME"):
+        load(recipe)
+
+
 @pytest.mark.parametrize(
     "template",
     [

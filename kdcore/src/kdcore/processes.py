@@ -84,7 +84,7 @@ def gather_with_grad(tensor: Tensor, shares: Sequence[int] = ()) -> Tensor:
         torch.distributed.all_gather(parts, tensor)
     whole = torch.cat([part[:size] for part, size in zip(parts, shares, strict=True)] if uneven else list(parts))
     if whole.requires_grad:  # gloo's exchange of gradients reads memory in order, whatever the strides say
-        whole.register_hook(torch.Tensor.contiguous)
+        whole.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
     return whole
 
 

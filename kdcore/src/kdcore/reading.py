@@ -85,15 +85,20 @@ def _loaded(source: str | Path | Mapping[str, Any], overrides: Iterable[str], na
 
 def _spell_out(config: Any) -> None:
     """Replace the short forms of a recipe, so that overrides find what they change."""
+    from omegaconf import OmegaConf
+
+    def plain(section: Any, key: Any) -> Any:  # what is interpolated is resolved later, where an error has its key
+        return None if OmegaConf.is_interpolation(section, key) else section.get(key)
+
     for key in ("teacher", "student"):
         if key in config and f"{key}s" not in config:
             config[f"{key}s"] = {key: config.pop(key)}
-    sections = [config, *(config[k] for k in ("teachers", "students") if hasattr(config.get(k), "items"))]
+    sections = [config, *(found for k in ("teachers", "students") if hasattr(found := plain(config, k), "items"))]
     for section in sections:
         for key in ("method", "data") if section is config else list(section):
-            if isinstance(section.get(key), str):
-                section[key] = {"use": section[key]}
-    if hasattr(config.get("eval"), "items") and True in config["eval"]:
+            if isinstance(found := plain(section, key), str):
+                section[key] = {"use": found}
+    if hasattr(plain(config, "eval"), "items") and True in config["eval"]:
         config["eval"]["on"] = config["eval"].pop(True)  # YAML 1.1 reads an unquoted `on` as true
 
 
