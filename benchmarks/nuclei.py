@@ -36,7 +36,7 @@ METRICS = ["test/miou", "test/boundary-f1"]
 
 LARGE = {"use": "smp", "encoder": "resnet18", "pretrained": False,
          "settings": {"upsampling": 1, "decoder_channels": 96}}  # fmt: skip
-SMALL = {"use": "smp", "encoder": "mobilenetv3_small_050",
+SMALL = {"use": "smp", "encoder": "mobilenetv3_small_050", "pretrained": False,
          "settings": {"upsampling": 1, "decoder_channels": 48}}  # fmt: skip
 TRAINED = {"train": {"steps": 300, "eval_every": 300}}
 
@@ -109,8 +109,8 @@ MGD = {"use": "mgd-sss", "labelled_list": "labelled.txt", "lambda_region": 10, "
 TABLES["semi"] = {
     "base": {
         "teachers": {
-            "deep": {**SMALL, "encoder": "mobilenetv3_large_075", "pretrained": False},
-            "wide": {**SMALL, "pretrained": False, "settings": {"upsampling": 1, "decoder_channels": 192}},
+            "deep": {**SMALL, "encoder": "mobilenetv3_large_075"},
+            "wide": {**SMALL, "settings": {"upsampling": 1, "decoder_channels": 192}},
         },
         "student": SMALL,
         "train": {"batch_size": 4},
