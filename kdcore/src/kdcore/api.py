@@ -230,8 +230,8 @@ def _downloads(key: str, options: Options) -> list[Download]:
     except UserError as error:
         raise type(error)(f"{key}: {error}") from None
     except (OSError, RuntimeError) as error:  # a path that no file can have, a folder closed to us, no such home
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"{key}: cannot be looked up: {reason}: {shown(getattr(error, 'filename', None))}") from None
+        named = f"{shown(error.filename)}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        raise RecipeError(f"{key}: cannot be looked up: {named}") from None
 
 
 def evaluate(run_dir: str | Path, split: str | None = None, overrides: Iterable[str] = (),

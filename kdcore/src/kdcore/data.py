@@ -157,7 +157,7 @@ class DataModule:
             raise DataError(f"the split {name!r} is a stream: its labels are not known beforehand")
         try:
             read = getattr(split, "column", None)
-            found = read("label") if read else [_named(split[i], self.keys)["label"] for i in range(size)]
+            found = read("label") if read else [named_sample(split[i], self.keys)["label"] for i in range(size)]
         except KeyError:
             raise DataError(f"the samples of split {name!r} have no label") from None
         return found if isinstance(found, Tensor) else torch.stack([torch.as_tensor(value) for value in found])
@@ -269,7 +269,7 @@ class _Keyed(Dataset[dict[str, Any]]):
         return self.finish(self.split[index], epoch, index)
 
     def finish(self, sample: Any, epoch: int, index: int) -> dict[str, Any]:
-        sample = _named(sample, self.keys)
+        sample = named_sample(sample, self.keys)
         if self.augment is not None:
             with seeded(derive_seed(self.seed, epoch, index)):
                 sample = self.augment(sample)
@@ -329,7 +329,8 @@ class _Stream(IterableDataset[Batch]):
                 yield self.collate([self.keyed.finish(sample, epoch, i) for i, sample in share])
 
 
-def _named(sample: Any, keys: Sequence[str]) -> dict[str, Any]:
+def named_sample(sample: Any, keys: Sequence[str]) -> dict[str, Any]:
+    """A sample by names: a mapping as it is, a tuple with these names for its entries."""
     return dict(sample) if isinstance(sample, Mapping) else dict(zip(keys, sample, strict=False))
 
 

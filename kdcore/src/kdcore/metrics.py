@@ -52,17 +52,6 @@ def _multilabel(outputs: Outputs, batch: Batch) -> Pair:
     return outputs.need("logits").float().sigmoid(), batch["label"].long()
 
 
-class MeanIoU(tmc.MulticlassConfusionMatrix):  # type: ignore[misc]
-    """Mean over the classes that occur in prediction or target of intersection over union, ignored pixels left out."""
-
-    def compute(self) -> Tensor:
-        """The mean, in [0, 1]."""
-        matrix = super().compute().double()
-        union = matrix.sum(0) + matrix.sum(1) - matrix.diag()
-        mean: Tensor = (matrix.diag()[union > 0] / union[union > 0]).mean()
-        return mean
-
-
 class ClassIoU(tmc.MulticlassConfusionMatrix):  # type: ignore[misc]
     """Intersection over union of each class; NaN for one that neither prediction nor target holds."""
 
@@ -71,6 +60,14 @@ class ClassIoU(tmc.MulticlassConfusionMatrix):  # type: ignore[misc]
         matrix = super().compute().double()
         ratios: Tensor = matrix.diag() / (matrix.sum(0) + matrix.sum(1) - matrix.diag())
         return ratios
+
+
+class MeanIoU(ClassIoU):
+    """Mean over the classes that occur in prediction or target of intersection over union, ignored pixels left out."""
+
+    def compute(self) -> Tensor:
+        """The mean, in [0, 1]."""
+        return super().compute().nanmean()
 
 
 class BoundaryF1(torchmetrics.Metric):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The losses: masked errors with the diversity of the masks, and the cross-entropy of an auxiliary head."""
+"""The loss: masked errors, and the diversity of the masks."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdcore import DataModule, FitStage, Run
-from kdcore.data import IGNORE
+from kdcore.data import IGNORE, named_sample
 from kdcore.errors import DataError, RecipeError
 
 ROWS = 64  # masks that are looked at together
@@ -113,7 +113,7 @@ class Relabelled(Dataset[dict[str, Any]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = as_dict(self.split[self.images[index]], self.keys)
+        sample = named_sample(self.split[self.images[index]], self.keys)
         mask = check_mask(sample, len(self.numbers), self.images[index])
         ignored = mask == IGNORE
         return {**sample, "mask": self.numbers[mask.masked_fill(ignored, 0)].masked_fill(ignored, IGNORE)}
@@ -145,13 +145,8 @@ class _Looked(Dataset[Tensor]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> Tensor:
-        mask = check_mask(as_dict(self.split[index], self.keys), self.classes, index)
+        mask = check_mask(named_sample(self.split[index], self.keys), self.classes, index)
         return torch.bincount(mask[mask != IGNORE].flatten(), minlength=self.classes) > 0
-
-
-def as_dict(sample: Any, keys: Sequence[str]) -> dict[str, Any]:
-    """A sample by names."""
-    return dict(sample) if isinstance(sample, Mapping) else dict(zip(keys, sample, strict=False))
 
 
 def check_mask(sample: Mapping[str, Any], classes: int, index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The losses: distillation at contours and in bodies, and the cross-entropy of an auxiliary head."""
+"""The loss: distillation at contours and in bodies."""
 
 from __future__ import annotations
 

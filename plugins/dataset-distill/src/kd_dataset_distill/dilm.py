@@ -6,7 +6,6 @@ Source: Maekawa et al. 2024, "DiLM: Distilling Dataset into Language Model for T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from kd_dataset_distill.functional import (
     generation_loss,
     generation_weights,
     k_centers,
+    warmed_cosine,
     weighted_gradient,
 )
 from kd_dataset_distill.generator import Text
@@ -41,8 +41,6 @@ GRADIENT_NORM = 1.0
 """To which the gradients of generator and learner are clipped (DiLM's configuration)."""
 DECAY = 0.01
 """Weight decay of generator and learner."""
-WARM_UP = 0.5
-"""Share of a learner's steps over which its learning rate rises, before it falls as a cosine (DiLM's configuration)."""
 
 
 class RealTexts:
@@ -299,12 +297,6 @@ class TextMatching(TrainStage):
         parts = adam_move(gradient, *self.moments, step).split([leaf.numel() for leaf in leaves.values()])
         return {name: (1 - rate * DECAY) * leaf.detach() - rate * part.view_as(leaf)
                 for (name, leaf), part in zip(leaves.items(), parts, strict=True)}  # fmt: skip
-
-
-def warmed_cosine(step: int, steps: int) -> float:
-    """The factor of the learner's rate at a step: up in a line over `WARM_UP` of the steps, then down as a cosine."""
-    rise = WARM_UP * steps
-    return step / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
 class DiLM(Method):

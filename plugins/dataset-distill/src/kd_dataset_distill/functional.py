@@ -7,6 +7,7 @@ Sources: Zhao, Mopuri, Bilen 2021 (DC, arXiv 2006.05929), Zhao and Bilen 2021 an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -173,6 +174,12 @@ def adam_move(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, 
     exp_avg_sq.lerp_(gradient.square(), 1 - beta2)
     unbiased, square = exp_avg / (1 - beta1 ** (step + 1)), exp_avg_sq / (1 - beta2 ** (step + 1))
     return unbiased / (square.sqrt() + eps)
+
+
+def warmed_cosine(step: int, steps: int, warm_up: float = 0.5) -> float:
+    """DiLM's factor of a learner's rate at a step: up in a line over a share of the steps, then down as a cosine."""
+    rise = warm_up * steps
+    return step / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
 def adam_direction(

@@ -127,7 +127,7 @@ def check_crossing(places: Places, role: str, outputs: Outputs) -> None:
         found = cross_stage_feature(places.crossing, low)
         wrong = "they make something else of it"
         alike = found.shape == following.shape and torch.allclose(found, following, rtol=1e-2, atol=1e-3)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         alike, wrong = False, " ".join(str(error).split())[:200]
     if not alike:
         kinds = ", ".join(type(part).__name__ for part in places.crossing.parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from kd_mgd_sss.functional import box_masks
 from kd_mgd_sss.options import CutMixOptions, MGDSSSOptions
 from kdcore import DataModule
-from kdcore.data import derive_seed
+from kdcore.data import derive_seed, named_sample
 from kdcore.errors import DataError
 
 LABELLED, FIRST, SECOND = "labelled", "unlabelled-0", "unlabelled-1"
@@ -130,8 +130,7 @@ class Picked(Dataset[Sample]):
         return len(self.positions)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.split[self.positions[index]]
-        named = dict(sample if isinstance(sample, Mapping) else zip(self.keys, sample, strict=False))
+        named = named_sample(self.split[self.positions[index]], self.keys)
         return {**named, "cutmix": torch.zeros(1, 1, 1)} if self.pasted else named
 
 

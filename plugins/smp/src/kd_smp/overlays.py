@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcore.data import IGNORE, to_device
+from kdcore.folder import write_text
 from kdcore.models import Batch, Model
 from kdcore.runner import Run
 
@@ -39,7 +40,7 @@ def write_overlays(run: Run) -> None:
     readme = run.path / "README.md"
     text, link = readme.read_text(encoding="utf-8"), f"![{split}: image, labels and predictions]({PICTURE})"
     if link not in text:
-        readme.write_text(f"{text}\n{link}\n", encoding="utf-8")
+        write_text(readme, f"{text}\n{link}\n")
 
 
 def _rows(run: Run, split: str) -> Any:
