@@ -38,6 +38,25 @@ def flatten_positions(logits: Tensor, target: Tensor | None = None) -> tuple[Ten
     return positions.reshape(-1, positions.shape[-1]), None if target is None else target.reshape(-1)
 
 
+def classes_second(logits: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Logits with their classes in dimension 1, without a copy, and the target that belongs to them.
+
+    Args:
+        logits, target: as for `flatten_positions`.
+
+    Returns:
+        Logits ``[N, C]`` and target ``[N]``, as `flatten_positions` gives them, or for maps ``[B, C, H * W]`` and
+        ``[B, H * W]``: a softmax over few classes is several times faster across rows of pixels than along rows of
+        classes.
+
+    Raises:
+        ValueError: as `flatten_positions`.
+    """
+    if logits.ndim != 4 or (target is not None and target.shape != logits[:, 0].shape):
+        return flatten_positions(logits, target)
+    return logits.flatten(2), None if target is None else target.flatten(1)
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -61,7 +80,7 @@ def cross_entropy(
     Raises:
         ValueError: if the shapes do not fit or `reduction` is unknown.
     """
-    rows, labels = flatten_positions(at_least_float32(logits), target)
+    rows, labels = classes_second(at_least_float32(logits), target)
     assert labels is not None
     values = F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
     return reduce_positions(values, labels != ignore_index, target.shape, reduction)
@@ -97,8 +116,8 @@ def kd(
         ValueError: if shapes or class counts differ, T <= 0 or `reduction` is unknown.
     """
     student, teacher = soften(student_logits, teacher_logits, temperature, standardize)
-    student_rows, labels = flatten_positions(student, target)
-    teacher_rows, _ = flatten_positions(teacher)
+    student_rows, labels = classes_second(student, target)
+    teacher_rows, _ = classes_second(teacher)
     values = temperature**2 * kl(F.log_softmax(teacher_rows, dim=1), F.log_softmax(student_rows, dim=1))
     if reduction == "mean":
         values = values / student_rows.shape[1]
@@ -166,8 +185,8 @@ def dkd(
         ValueError: if shapes or class counts differ, there is one class, T <= 0 or `reduction` is unknown.
     """
     student, teacher = soften(student_logits, teacher_logits, temperature, standardize)
-    student_rows, labels = flatten_positions(student, target)
-    teacher_rows, _ = flatten_positions(teacher)
+    student_rows, labels = classes_second(student, target)
+    teacher_rows, _ = classes_second(teacher)
     assert labels is not None
     if student_rows.shape[1] < 2:
         raise ValueError("dkd needs at least two classes, because it compares the target with the others")
@@ -250,7 +269,7 @@ def check_same_classes(student: Tensor, teacher: Tensor) -> None:
 
 
 def _decouple(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``[N, 2]`` of (target, rest) and ``[N, C]`` within the rest, 0 at the target."""
+    """Log-probabilities ``[N, 2, ...]`` of (target, rest) and ``[N, C, ...]`` within the rest, 0 at the target."""
     target, column = rows.gather(1, labels[:, None]), labels[:, None]
     rest = rows.scatter(1, column, -torch.inf)
     others = rest.logsumexp(dim=1, keepdim=True)
@@ -259,7 +278,7 @@ def _decouple(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``KL(p || q)`` of each row, from log-probabilities."""
+    """``KL(p || q)`` over dimension 1, from log-probabilities."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
@@ -271,7 +290,7 @@ def _pearson(a: Tensor, b: Tensor, eps: float) -> Tensor:
 
 
 def reduce_positions(values: Tensor, valid: Tensor | None, shape: torch.Size, reduction: str) -> Tensor:
-    """Average values ``[N]`` over valid positions, or give them the shape of the positions."""
+    """Average values over valid positions, or give them the shape of the positions."""
     if reduction not in ("mean", "none"):
         raise ValueError(f"unknown reduction {reduction!r}")
     # Multiplying by a mask, unlike selecting by it, keeps shapes static and does not wait for the device.
