@@ -1,4 +1,4 @@
-"""`kd run --processes N`: the same command in several processes, started through `torch.distributed.run`."""
+"""`--processes N`: the same command in several processes, started through `torch.distributed.run`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ _TO_END = 5
 
 
 def launch(
-    ctx: typer.Context, recipe: str, overrides: list[str], arguments: list[str], processes: int, grace: float
-) -> int:
-    """Validate the recipe here, then run it in as many processes. The exit status of the first that failed.
+    ctx: typer.Context, recipe: str, overrides: list[str], arguments: list[str], processes: int, grace: float,
+    command: str = "run",
+) -> int:  # fmt: skip
+    """Validate the recipe here, then run it, or give another command, in as many processes. The exit status of the
+    first that failed.
 
     Raises:
         UserError: if the recipe is not valid.
@@ -43,9 +45,9 @@ def launch(
     os.environ[LAUNCHED] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(grace) + _TO_END))
-    command = ["-m", "kd_cli", *_global_options(ctx), "run", *arguments]
+    line = ["-m", "kd_cli", *_global_options(ctx), command, *arguments]
     try:
-        start(parse_args(["--standalone", f"--nproc-per-node={processes}", *command]))  # type: ignore[no-untyped-call]
+        start(parse_args(["--standalone", f"--nproc-per-node={processes}", *line]))  # type: ignore[no-untyped-call]
     except SignalException as error:
         return Terminated.exit_code if error.sigval == signal.SIGTERM else Interrupted.exit_code
     except ChildFailedError as error:

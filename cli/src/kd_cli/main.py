@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kd_cli import benching, copying, doctor, evaluating, listing, logs, running, showing
+from kd_cli import benching, caching, copying, doctor, evaluating, listing, logs, running, showing
 from kd_cli.errors import reported
 from kdcore.plugins import PluginManager
 
@@ -33,6 +33,7 @@ app.command("list")(listing.list_components)
 app.command("show")(showing.show)
 app.command("run", cls=running.RunCommand)(running.run)
 app.command("eval")(evaluating.evaluate)
+app.command("cache")(caching.cache)
 app.command("bench")(benching.bench)
 app.command("compare")(benching.compare)
 app.command("cp")(copying.copy)

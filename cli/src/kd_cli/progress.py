@@ -68,7 +68,7 @@ class Lines:
     def kd_stage_started(self, run: Run, stage: Stage) -> None:
         """Announce it."""
         self._first = None
-        typer.echo(f"stage {stage.name}")
+        typer.echo(f"stage {stage.name}" + (f": {stage.note}" if stage.note else ""))
 
     @hookimpl
     def kd_step_finished(self, run: Run, stage: Stage, step: int, terms: Mapping[str, Tensor]) -> None:
@@ -116,6 +116,8 @@ class Live:
         """A new bar, without a length until the first step."""
         self._close()
         self._task = self._display.add_task(stage.name, total=None)
+        if stage.note:
+            self._tell("takes", stage.note)
 
     @hookimpl
     def kd_step_finished(self, run: Run, stage: Stage, step: int, terms: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from kdcore.hookspecs import hookimpl
 from kdcore.plugins import PluginManager
 
 if TYPE_CHECKING:
-    from kdcore.api import distill, evaluate, load_student, plan, run
+    from kdcore.api import distill, evaluate, fill_cache, load_student, plan, run
     from kdcore.data import DataModule, Task
     from kdcore.generate import GenerateStage
     from kdcore.leaderboard import bench, compare
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "api": ("distill", "evaluate", "load_student", "plan", "run"),
+    "api": ("distill", "evaluate", "fill_cache", "load_student", "plan", "run"),
     "leaderboard": ("bench", "compare"),
     "data": ("DataModule", "Task"),
     "generate": ("GenerateStage",),
@@ -56,5 +56,5 @@ __all__ = [
     "Answer", "Component", "DataModule", "Distill", "FitStage", "GenerateStage", "KDError", "Loss", "Method", "Model",
     "Options", "Outputs", "Paper", "PluginManager", "Result", "Roles", "Run", "Sampling", "SearchStage", "Stage",
     "Task", "TextTeacher", "TrainStage", "Trial", "UserError", "__version__", "bench", "compare", "distill", "evaluate",
-    "hookimpl", "load_student", "plan", "recipe_schema", "run",
+    "fill_cache", "hookimpl", "load_student", "plan", "recipe_schema", "run",
 ]  # fmt: skip

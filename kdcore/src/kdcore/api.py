@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,9 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
+from pydantic import ValidationError
 
-from kdcore import folder
+from kdcore import caching, folder
 from kdcore.adopt import as_data_module
 from kdcore.card import run_facts
 from kdcore.checkpoint import reading
@@ -33,9 +35,9 @@ from kdcore.errors import (
 from kdcore.folder import RunFolder, disk_problem
 from kdcore.hookspecs import hookimpl
 from kdcore.models import FromColumns, Model, Source
-from kdcore.options import Download, Options
+from kdcore.options import CacheOptions, Download, Options
 from kdcore.plugins import PluginManager
-from kdcore.recipe import Resolved, find_recipe, load, resolve
+from kdcore.recipe import Resolved, explain, find_recipe, load, resolve
 from kdcore.runner import Result, Run
 from kdcore.signals import GRACE
 from kdcore.stages import Method, Supervised, check_roles
@@ -85,6 +87,7 @@ def distill(
     train: Mapping[str, Any] | None = None,
     eval: Mapping[str, Any] | None = None,
     losses: Sequence[Mapping[str, Any]] = (),
+    cache: bool | Mapping[str, Any] = False,
     seed: int = 0,
     run_dir: str | Path | None = None,
     resume: bool = False,
@@ -101,6 +104,7 @@ def distill(
         task: what the data asks; guessed from a batch if not given.
         keys: names of the entries of tuple samples, in order.
         train, eval, losses, seed: as in a recipe.
+        cache: whether what the teachers say is kept on disk; or how, as a recipe's `teacher.cache`.
         run_dir, resume, plugins: as for `run`.
 
     Raises:
@@ -111,6 +115,8 @@ def distill(
     teachers = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
     given: dict[str, Any] = {"data": module, "teachers": {k: _as_model(v) for k, v in teachers.items()},
              "students": {"student": _as_model(student)}}  # fmt: skip
+    if cache:
+        given["cache"] = dict.fromkeys(given["teachers"], _cache_options({} if cache is True else cache))
     if module.task.num_classes is None and module.task.kind not in ("regression", "unlabelled"):
         known = [*given["teachers"].values(), given["students"]["student"]]  # a student's head may be a wider one
         module.task = _with_classes(module, next(m for m in known if isinstance(m, Model)))
@@ -121,6 +127,55 @@ def distill(
         manager.register(_Given, name="given")
     resolved = resolve(recipe, manager, "distill()")
     return _run(resolved, manager, Path(run_dir or Path("runs") / str(named.get("use"))), resume, given)
+
+
+def fill_cache(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    role: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    plugins: PluginManager | None = None,
+) -> dict[str, Path]:
+    """Fill the caches of a recipe's teachers, unless they are filled. A run of the recipe with the same `cache` then
+    asks no teacher.
+
+    Args:
+        recipe, overrides, plugins: as for `run`.
+        role: the teacher; default: all that have a `cache`, or the only one.
+        options: changes of its `cache`.
+
+    Returns:
+        The folder of each cache, by role; its `cache.json` says what it holds.
+
+    Raises:
+        UserError: on wrong input; for a teacher that the recipe trains first.
+        RunFailed, Interrupted: as `run`.
+    """
+    manager = plugins or PluginManager()
+    source, name = find_recipe(recipe, manager)
+    overrides = list(overrides)
+    teachers = resolve(load(source, overrides), manager, _source(recipe)).recipe.teachers
+    roles = [role] if role else [r for r, spec in teachers.items() if spec.cache] or list(teachers)
+    if len(set(roles) & set(teachers)) < max(len(roles), 1) or (not role and len(roles) > 1 and options):
+        raise RecipeError(f"name the teacher whose cache is to be filled, one of: {', '.join(teachers) or 'none'}")
+    changes = [f"teachers.{r}.cache={json.dumps(dict(options or {}))}" for r in roles]
+    resolved = resolve(load(source, [*overrides, *changes]), manager, _source(recipe))
+    wanted = {r: cast(CacheOptions, resolved.recipe.teachers[r].cache) for r in roles}
+    for r in wanted:
+        if resolved.recipe.teachers[r].train is not None:
+            raise RecipeError(f"teachers.{r}.train: the recipe trains this teacher first, and its cache is filled by "
+                              "the run (`cache: true`); or name the trained one by `checkpoint`")  # fmt: skip
+    run = Run(resolved, manager, Path("runs") / name)
+    with run.watch.handled():
+        return {r: caching.cached(run, r, cache).path for r, cache in wanted.items()}
+
+
+def _cache_options(given: Mapping[str, Any]) -> CacheOptions:
+    try:
+        return CacheOptions.model_validate(dict(given))
+    except ValidationError as error:
+        raise RecipeError("\n".join(explain(error, CacheOptions, "cache"))) from None
 
 
 def _run(

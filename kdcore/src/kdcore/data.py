@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    Sampler,
-    default_collate,
-)
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from kdcore.errors import DataError, did_you_mean
+from kdcore.loading import IGNORE as IGNORE
+from kdcore.loading import TARGET_KEYS as TARGET_KEYS
+from kdcore.loading import Collate, Keyed, Steps, Stream, permutation, share
+from kdcore.loading import derive_seed as derive_seed
+from kdcore.loading import named_sample as named_sample
+from kdcore.loading import seeded as seeded
 from kdcore.models import Batch, Labels, map_tensors
-
-IGNORE = -100
-"""The target value of positions that do not count, in every batch of every task."""
 
 BATCH_KEYS: dict[str, str] = {
     "image": "float [B, C, H, W] in [0, 1]; each model normalises its own input",
@@ -53,8 +48,6 @@ BATCH_KEYS: dict[str, str] = {
     "index": "int [B]: the position of each sample in its split; always there",
 }
 """The conventional keys of a batch. Ignored targets are `IGNORE` in all of them."""
-
-TARGET_KEYS = ("label", "mask", "labels")
 
 TaskKind = Literal["classification", "multilabel", "segmentation", "token-classification", "causal-lm", "masked-lm",
                    "seq2seq", "regression", "unlabelled"]  # fmt: skip
@@ -171,7 +164,7 @@ class DataModule:
         """The samples that each process holds of each micro-batch of a training step: they differ where a split has
         less than a batch, or an odd one."""
         size, parts = min(batch_size, self.size(name) or batch_size), accumulation * world
-        sizes = [len(_share(range(size), part, parts)) for part in range(parts)]
+        sizes = [len(share(range(size), part, parts)) for part in range(parts)]
         return [tuple(sizes[i : i + world]) for i in range(0, parts, world)]
 
     def sample(self, name: str, size: int = 2) -> Batch:
@@ -184,12 +177,14 @@ class DataModule:
         """Every sample of a split once, in order, without augmentation; this process's share of them."""
         split = self[name]
         if self.size(name) is None:
-            stream = _Stream(self, split, batch_size * world, [(rank, world)], seed=0, augment=None, last=1)
+            stream = Stream(
+                self._keyed(split, 0, None), self.collator(name), batch_size * world, [(rank, world)], last=1
+            )
             return DataLoader(stream, batch_size=None, generator=torch.Generator())
         indices = [(0, i) for i in range(len(split))][rank::world]
-        keyed = _Keyed(split, self.keys, seed=0, augment=None)
+        keyed = self._keyed(split, 0, None)
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        return DataLoader(keyed, batch_sampler=cast(Any, batches), collate_fn=self._collate(name),
+        return DataLoader(keyed, batch_sampler=cast(Any, batches), collate_fn=self.collator(name),
                           num_workers=workers, generator=torch.Generator())  # fmt: skip
 
     def train_loader(
@@ -205,181 +200,35 @@ class DataModule:
         shares = [(micro * world + rank, world * accumulation) for micro in range(accumulation)]
         transform = self.augment if augment else None
         if self.size(name) is None:
-            stream = _Stream(self, split, batch_size, shares, seed, transform, start=start, last=None)
+            stream = Stream(self._keyed(split, seed, transform), self.collator(name), batch_size, shares, start=start)
             return DataLoader(stream, batch_size=None, generator=torch.Generator())
         if len(split) < len(shares) * world:
             raise DataError(
                 f"the split {name!r} has {len(split)} samples: too few for {len(shares) * world} micro-batches"
             )
-        order = self.orders.get(name) or (lambda epoch: _permutation(len(split), derive_seed(seed, name, epoch)))
+        order = self.orders.get(name) or (lambda epoch: permutation(len(split), derive_seed(seed, name, epoch)))
         return DataLoader(
-            _Keyed(split, self.keys, seed, transform),
-            batch_sampler=_Steps(len(split), batch_size, order, shares, start, stop),
-            collate_fn=self._collate(name),
+            self._keyed(split, seed, transform),
+            batch_sampler=Steps(len(split), batch_size, order, shares, start, stop),
+            collate_fn=self.collator(name),
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # of its own: a loader draws a seed when it is iterated
         )
 
-    def _collate(self, name: str) -> Callable[[list[Any]], Batch]:
-        return _Collate(self.collate, name, self.task.num_classes)
+    def collator(self, name: str) -> Collate:
+        """What makes batches of a split's samples."""
+        return Collate(self.collate, name, self.task.num_classes)
 
-
-@dataclass
-class _Collate:
-    """Collates, and says what is wrong with samples that cannot be. (A class, so that worker processes can have it.)"""
-
-    collate: Callable[[list[Any]], Batch]
-    split: str
-    classes: int | None
-
-    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
-        index = torch.tensor([sample.pop("index") for sample in samples])
-        try:
-            batch = self.collate(samples)
-        except (TypeError, KeyError, RuntimeError) as error:
-            raise DataError(f"samples of split {self.split!r} do not make a batch: {error}") from error
-        for key in TARGET_KEYS:
-            if self.classes and isinstance(target := batch.get(key), Tensor) and not target.is_floating_point():
-                self._check(key, target, index, self.classes)
-        return {**batch, "index": index}
-
-    def _check(self, key: str, target: Tensor, index: Tensor, classes: int) -> None:
-        """Refuse classes that there are not: a loss would fail on them, or on an accelerator end the process."""
-        low, high = target.aminmax()
-        if low >= 0 and high < classes:
-            return
-        wrong = (target >= classes) | ((target < 0) & (target != IGNORE))
-        if wrong.any():
-            rows = wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong
-            where = index[rows] if len(rows) == len(index) else index  # a row of several texts
-            raise DataError(f"split {self.split!r}, sample {int(where[0])}: {key} {int(target[wrong][0])}, but the "
-                            f"{classes} classes are 0 to {classes - 1} ({IGNORE} is ignored)")  # fmt: skip
-
-
-class _Keyed(Dataset[dict[str, Any]]):
-    """Samples by (epoch, index), augmented under generators seeded by (seed, epoch, index)."""
-
-    def __init__(self, split: Any, keys: tuple[str, ...], seed: int, augment: Callable[[Any], Any] | None) -> None:
-        self.split, self.keys, self.seed, self.augment = split, keys, seed, augment
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        return self.finish(self.split[index], epoch, index)
-
-    def finish(self, sample: Any, epoch: int, index: int) -> dict[str, Any]:
-        sample = named_sample(sample, self.keys)
-        if self.augment is not None:
-            with seeded(derive_seed(self.seed, epoch, index)):
-                sample = self.augment(sample)
-        return {**sample, "index": index}
-
-
-class _Steps(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) pairs of each micro-batch from one step to another."""
-
-    def __init__(self, size: int, batch_size: int, order: Callable[[int], Sequence[int]],
-                 shares: list[tuple[int, int]], start: int, stop: int) -> None:  # fmt: skip
-        self.per_epoch = max(1, size // batch_size)
-        self.batch_size, self.order, self.shares, self.start, self.stop = batch_size, order, shares, start, stop
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        current, indices = -1, cast(Sequence[int], [])
-        for step in range(self.start, self.stop):
-            epoch, position = divmod(step, self.per_epoch)
-            if epoch != current:
-                current, indices = epoch, self.order(epoch)
-            batch = indices[position * self.batch_size : (position + 1) * self.batch_size]
-            for part, parts in self.shares:
-                yield [(epoch, i) for i in _share(batch, part, parts)]
-
-    def __len__(self) -> int:
-        return (self.stop - self.start) * len(self.shares)
-
-
-class _Stream(IterableDataset[Batch]):
-    """Batches of an iterable data set, epoch after epoch; the samples before `start` are read and passed over."""
-
-    def __init__(self, data: DataModule, split: Any, batch_size: int, shares: list[tuple[int, int]], seed: int,
-                 augment: Callable[[Any], Any] | None, start: int = 0, last: int | None = None) -> None:  # fmt: skip
-        self.keyed = _Keyed(split, data.keys, seed, augment)
-        self.collate = _Collate(data.collate, "stream", data.task.num_classes)
-        self.batch_size, self.shares, self.start, self.last = batch_size, shares, start, last
-
-    def __iter__(self) -> Iterator[Batch]:
-        step, epoch = 0, 0
-        while self.last is None or epoch < self.last:
-            if hasattr(self.keyed.split, "set_epoch"):
-                self.keyed.split.set_epoch(epoch)
-            group: list[tuple[int, Any]] = []
-            for group in _groups(self.keyed.split, self.batch_size):
-                if len(group) < self.batch_size and self.last is None:
-                    continue
-                if step >= self.start:
-                    yield from self._batches(group, epoch)
-                step += 1
-            if not group or step == 0:
-                raise DataError("the stream holds less than one batch of samples")
-            epoch += 1
-
-    def _batches(self, group: list[tuple[int, Any]], epoch: int) -> Iterator[Batch]:
-        for part, parts in self.shares:
-            if share := _share(group, part, parts):
-                yield self.collate([self.keyed.finish(sample, epoch, i) for i, sample in share])
-
-
-def named_sample(sample: Any, keys: Sequence[str]) -> dict[str, Any]:
-    """A sample by names: a mapping as it is, a tuple with these names for its entries."""
-    return dict(sample) if isinstance(sample, Mapping) else dict(zip(keys, sample, strict=False))
-
-
-def _groups(split: Any, size: int) -> Iterator[list[tuple[int, Any]]]:
-    group: list[tuple[int, Any]] = []
-    for pair in enumerate(split):
-        group.append(pair)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _share(items: Sequence[Any], part: int, parts: int) -> Sequence[Any]:
-    """The part-th of `parts` contiguous pieces, as equal as can be."""
-    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
-
-
-def _permutation(size: int, seed: int) -> list[int]:
-    return cast(list[int], torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist())
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed that depends on all the parts and on nothing else, in `[0, 2**63)`."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    def _keyed(self, split: Any, seed: int, augment: Callable[[Any], Any] | None) -> Keyed:
+        return Keyed(split, self.keys, seed, augment)
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
     """16 hexadecimal digits over every token and its id (`tokenizer.get_vocab()`)."""
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=8).hexdigest()
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's (CPU), Python's and NumPy's global generators seeded inside, and as they were afterwards."""
-    import numpy as np
-
-    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -25,7 +25,9 @@ FORMAT = 1
 """Of run folders and manifests. A later one is refused, not guessed at."""
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-_DISK_TEXTS = r"No space left|os error (28|27|30|122)|file write failed|PytorchStreamWriter failed|Disk quota|too large"
+_DISK_TEXTS = (
+    r"No space left|os error (28|27|30|122)|file write failed|PytorchStreamWriter failed|Disk quota|File too large"
+)
 
 
 def disk_problem(error: BaseException) -> str | None:
@@ -129,6 +131,24 @@ def _check_seal(facts: dict[str, Any]) -> None:
     """Take the digest out again. Raises `ValueError` if it is not that of the facts."""
     if facts.pop("digest", None) != _sealed(facts)["digest"]:
         raise ValueError("it does not match its digest")
+
+
+def write_sealed(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write facts as JSON with a digest over them, as `write_text`."""
+    write_text(path, json.dumps(_sealed({"format": FORMAT, **facts}), indent=1))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises `RunFolderError` if it is missing, changed or of a later version."""
+    try:
+        facts = dict(json.loads(path.read_text()))
+        _check_format(path, int(facts["format"]))
+        _check_seal(facts)
+        return facts
+    except FileNotFoundError:
+        raise RunFolderError(f"{path.parent} holds no {path.name}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} is damaged ({error})") from None
 
 
 def _check_format(path: Path, form: int) -> None:

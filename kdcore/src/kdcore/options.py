@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,41 @@ class Options(BaseModel):
     def downloads(self) -> list[Download]:
         """What building the component would fetch, without fetching it. Called by `kd run --dry-run`."""
         return []
+
+
+class CacheOptions(Options):
+    """What a teacher cache holds, and how."""
+
+    logits: Literal["all", "top-k", "sampled", "hidden", "none"] = Field(
+        "all",
+        description="all of them; the k largest with the mass of the rest; k draws, an unbiased estimate for forward "
+        "KL; what goes into the last layer, with that layer once; none",
+    )
+    k: int | None = Field(None, gt=0, description="of top-k (default 32) or sampled (default 12)")
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field("float16", description="of what is held")
+    embedding: bool = Field(False, description="hold the embedding, too")
+    taps: list[str] = Field([], description="modules whose activations are held, too, as a loss taps them")
+    splits: list[str] = Field(["train"], min_length=1, description="splits that are held")
+    views: int = Field(
+        0, ge=0, description="augmented views of each sample that are held, and seen again epoch after epoch"
+    )
+    folder: str | None = Field(None, description="where caches lie; default: the user's folder for caches")
+    filled: str | None = Field(
+        None, description="a filled cache, taken as it is: the teacher is not loaded, unless for more than it holds"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> CacheOptions:
+        if self.k is not None and self.logits not in ("top-k", "sampled"):
+            raise ValueError(f"k: it belongs to `logits: top-k` and `logits: sampled`, not {self.logits!r}")
+        if self.logits == "none" and not (self.embedding or self.taps):
+            raise ValueError("logits: with none of them, and neither `embedding` nor `taps`, nothing would be held")
+        return self
+
+    @property
+    def kept(self) -> int:
+        """`k`, or its default."""
+        return self.k or {"top-k": 32, "sampled": 12}[self.logits]
 
 
 class Sampling(Options):

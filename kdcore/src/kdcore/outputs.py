@@ -26,13 +26,15 @@ class Outputs:
         features: tapped activations by tap name, in the order of the model's modules.
         extras: anything else a method needs, by name.
         head: the last linear layer, where `logits` are left to be made by it from the embedding.
+        codes: what the head makes them of, `[B, ..., K]`, where it is not the embedding: a teacher cache's.
     """
 
     logits: Tensor | None = None
     embedding: Tensor | None = None
     features: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
-    head: nn.Linear | None = None
+    head: nn.Module | None = None
+    codes: Tensor | None = None
     _logits: Tensor | None = field(init=False, repr=False, compare=False)
 
     @property
@@ -45,7 +47,7 @@ class Outputs:
         """How many classes, or tokens, the logits tell apart; `None` without logits."""
         made = self._logits
         if made is None:
-            return self.head.out_features if self.head is not None else None
+            return int(self.head.out_features) if self.head is not None else None  # type: ignore[arg-type]
         return made.shape[-1 if made.ndim == 3 else 1]
 
     def gives(self, signal: str) -> bool:
@@ -74,9 +76,14 @@ class Outputs:
         detached: Outputs = map_tensors(self, Tensor.detach)
         return detached
 
+    @property
+    def head_input(self) -> Tensor | None:
+        """What `head` makes the logits of."""
+        return self.embedding if self.codes is None else self.codes
+
     def _get(self) -> Tensor | None:
-        if self._logits is None and self.head is not None and self.embedding is not None:
-            self._logits = self.head(self.embedding)
+        if self._logits is None and self.head is not None and self.head_input is not None:
+            self._logits = self.head(self.head_input)
         return self._logits
 
     def _set(self, value: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 
 from kdcore.components import Kind
 from kdcore.errors import ComponentError, RecipeError, did_you_mean, shown
-from kdcore.options import Options
+from kdcore.options import CacheOptions, Options
 from kdcore.plugins import PluginManager
 from kdcore.reading import load as load
 
@@ -107,14 +107,19 @@ class TrainOptions(_Section):
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept")
 
 
+def _switch(value: Any) -> Any:
+    """`true` for a section with nothing but its defaults, `false` for none."""
+    return {} if value is True else None if value is False else value
+
+
 class ModelSpec(BaseModel):
-    """One teacher or student: its component, that component's options, and whether it is trained first."""
+    """One teacher or student: its component, that component's options, and whether it is trained first; whether what
+    the teacher says is kept in a cache."""
 
     model_config = ConfigDict(extra="allow")
     use: str
-    train: Annotated[
-        dict[str, Any] | None, BeforeValidator(lambda v: {} if v is True else None if v is False else v)
-    ] = None
+    train: Annotated[dict[str, Any] | None, BeforeValidator(_switch)] = None
+    cache: Annotated[CacheOptions | None, BeforeValidator(_switch)] = None
 
 
 class LossSpec(BaseModel):
@@ -230,7 +235,10 @@ class Resolved:
     @property
     def passing(self) -> set[str]:
         """Key paths of options that do not change the result."""
-        return {f"{key}.{name}" for key, options in self.options.items() if options for name in options.passing}
+        places = {f"teachers.{r}.cache.folder" for r, spec in self.recipe.teachers.items() if spec.cache}
+        return places | {
+            f"{key}.{name}" for key, options in self.options.items() if options for name in options.passing
+        }
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -301,6 +309,8 @@ def resolve(data: Mapping[str, Any], manager: PluginManager, source: str = "reci
             problems += explain(error, typing.cast(type[BaseModel], model), key)
         except Exception as error:  # a plugin's own code
             problems.append(f"{key}: the options of {spec.use!r} fail: {type(error).__name__}: {error}")
+    problems += [f"students.{role}.cache: a student learns; what teachers say can be cached"
+                 for role, spec in recipe.students.items() if spec.cache]  # fmt: skip
     train_overrides = [(f"{kind}.{role}.train", spec.train) for kind in ("teachers", "students")
                        for role, spec in getattr(recipe, kind).items() if spec.train]  # fmt: skip
     train_overrides += [(f"stages.{name}.train", stage.train) for name, stage in recipe.stages.items()]

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import set_seed
 
-from kdcore import engine, evaluation, folder
+from kdcore import caching, engine, evaluation, folder
 from kdcore.card import model_card, now
 from kdcore.checkpoint import reading
 from kdcore.components import Kind
@@ -93,18 +93,21 @@ class Run:
     # -- what a method asks for ----------------------------------------------------------------------------------
 
     def model(self, role: str, key: str | None = None) -> Model:
-        """The model of a role, built once; with a `key`, one more of its kind, kept under that name.
-
-        Its initial weights depend on the run's seed and this name only.
+        """The model of a role, built once; with a `key`, one more of its kind, kept under that name. Its initial
+        weights depend on the run's seed and this name only.
 
         Raises:
             ModelError: if the recipe does not name the role, or the model does not fit the data.
         """
         name = key or role
         if name not in self.models:
-            with seeded(derive_seed(self.seed, name)):
-                self.models[name] = self._build(role)
+            self.models[name] = self.fresh(role, name)
         return cast(Model, self.models[name])
+
+    def fresh(self, role: str, name: str | None = None) -> Source:
+        """The model of a role before anything is done with it, not kept."""
+        with seeded(derive_seed(self.seed, name or role)):
+            return self._build(role)
 
     def variant(self, role: str, **changes: Any) -> Model:
         """One more model of a role with some of its options changed, not kept: what a search tries. Its initial
@@ -246,11 +249,11 @@ class Run:
     def execute(self) -> Result:
         """Run all stages, those finished earlier excepted, then save the student and the result."""
         self.notify("kd_run_started")
-        for role in self.student_roles:  # one that cannot be had is told before a teacher is trained
-            self.model(role)
+        _ = [self.model(role) for role in self.student_roles]  # one that cannot be had is told before a teacher trains
         for role, spec in (*self.recipe.teachers.items(), *self.recipe.students.items()):
-            if spec.train is not None:
+            if spec.train is not None and not (spec.cache and spec.cache.filled):
                 self._train_role(role, spec.train)
+        caching.serve(self)
         program = self.method.stages(self)
         artifact: Any = None
         with contextlib.suppress(StopIteration):

@@ -35,6 +35,8 @@ class Stage:
     name: str = "stage"
     total_steps: int = 0
     """How many steps it announces by `kd_step_finished` in all, where that is known; known when the first is done."""
+    note: str = ""
+    """What is to be told when it starts, such as what it takes."""
 
     def share(self, run: Run, workspace: Path) -> None:
         """Do this process's part, before `execute`; every process is called, and what they leave is in `workspace`."""
@@ -246,7 +248,8 @@ class Distill(TrainStage):
                 check_pair(theirs, ours, (role, "student"))
             for side, signals in item.loss.needs.items():
                 for role in [side] if side == "student" else self._roles(item):
-                    _check_signals(item.name, role, given[role], signals)
+                    source = self.student if role == "student" else self.teachers[role]
+                    _check_signals(item.name, role, given[role], signals, getattr(source, "hint", ""))
         super().prepare(batch)
 
     def evaluate(self, batch: Batch) -> Outputs:
@@ -362,12 +365,12 @@ def _both_logits(loss: Loss) -> bool:
     return loss.same_labels and "logits" in loss.needs.get("student", ()) and "logits" in theirs
 
 
-def _check_signals(loss: str, role: str, given: Outputs, signals: Sequence[str]) -> None:
+def _check_signals(loss: str, role: str, given: Outputs, signals: Sequence[str], hint: str) -> None:
     for signal in signals:
         if not given.gives(signal):
             has = [s for s in ("logits", "embedding", "features") if given.gives(s)]
             raise ModelError(f"loss {loss!r} needs the {role}'s {signal}, which it does not give "
-                             f"(it gives: {', '.join(has) or 'nothing'})")  # fmt: skip
+                             f"(it gives: {', '.join(has) or 'nothing'}){hint}")  # fmt: skip
 
 
 def _unique_names(losses: Sequence[Weighted]) -> list[Weighted]:

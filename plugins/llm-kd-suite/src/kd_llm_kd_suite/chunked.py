@@ -34,13 +34,14 @@ class Scores:
     """Where logits come from: `[N, V]` themselves, or hidden states `[N, D]` and the layer that makes them."""
 
     inputs: Tensor
-    head: nn.Linear | None = None
+    head: nn.Module | None = None
 
     @classmethod
     def of(cls, outputs: Outputs) -> Scores:
         """Of a model's outputs `[B, T, ...]`, all positions in a row."""
         if outputs.pending and outputs.head is not None:
-            return cls(outputs.need("embedding").flatten(0, -2), outputs.head)
+            assert outputs.head_input is not None
+            return cls(outputs.head_input.flatten(0, -2), outputs.head)
         return cls(outputs.need("logits").flatten(0, -2))
 
     @property
