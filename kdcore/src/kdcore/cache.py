@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ HEAD = "head"
 DIGEST = "digest"
 VIEWS = "views"
 """What augmentation is seeded by, with view and position, where it is to be replayed."""
+_NOT_INPUTS = frozenset([*TARGET_KEYS, "index", HELD])
 _CHECKED = 8
 """Batches whose inputs are held against those that rows were read for; who changes inputs, does so from the start."""
 
@@ -57,31 +58,31 @@ def view_seed(view: int, position: int) -> int:
 
 def sample_digest(sample: Mapping[str, Any]) -> int:
     """63 bits over a sample's inputs: everything but its targets."""
-    inputs = {key: value for key, value in sample.items() if key not in (*TARGET_KEYS, "index", HELD)}
     found = xxhash.xxh3_64()
-    for part in _bytes(inputs):
-        found.update(part)
+    for key in sorted(sample):
+        if key not in _NOT_INPUTS:
+            found.update(key.encode())
+            _feed(found.update, sample[key])
     return found.intdigest() >> 1
 
 
-def _bytes(value: Any) -> Iterator[Any]:
+def _feed(update: Callable[[Any], None], value: Any) -> None:
     if isinstance(value, Tensor):
         value = value.detach().cpu()
-        yield f"{value.dtype}{tuple(value.shape)}".encode()
-        yield value.contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
-    elif isinstance(value, np.ndarray):
-        yield f"{value.dtype}{value.shape}".encode()
-        yield value.tobytes()
+        value = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+    if isinstance(value, np.ndarray):
+        update(f"{value.dtype.char}{value.shape}".encode())
+        update(value if value.flags.c_contiguous and value.size else value.tobytes())
     elif isinstance(value, Mapping):
         for key in sorted(value):
-            yield str(key).encode()
-            yield from _bytes(value[key])
+            update(str(key).encode())
+            _feed(update, value[key])
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _bytes(item)
+            _feed(update, item)
     else:
         plain = isinstance(value, str | bytes | int | float | None)
-        yield (repr(value) if plain else type(value).__qualname__).encode()
+        update((repr(value) if plain else type(value).__qualname__).encode())
 
 
 class Reader:
@@ -150,7 +151,7 @@ def positions(batch: Batch, along: str) -> Tensor:
 def input_sums(batch: Batch) -> Tensor:
     """A number for each row of a batch's inputs, `[B]`: to tell whether they are still the same."""
     size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
-    tensors = [v for k, v in sorted(batch.items()) if k not in (*TARGET_KEYS, "index") and "." not in k
+    tensors = [v for k, v in sorted(batch.items()) if k not in _NOT_INPUTS and "." not in k
                and isinstance(v, Tensor) and len(v) == size]  # fmt: skip
     total = torch.zeros(size, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
     for tensor in tensors:
@@ -161,35 +162,33 @@ def input_sums(batch: Batch) -> Tensor:
     return total
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Place:
     """Where caches hold what teachers say of a sample.
 
     Args:
         readers: by role.
+        views, size: of each cache: augmented views of a sample, and samples.
         position: of the sample in its split.
         row: of the caches; `None` where they hold no such row.
     """
 
     readers: Mapping[str, Reader]
+    views: int
+    size: int
     position: int
     row: int | None = None
 
     def seed(self, epoch: int) -> int | None:
         """As `kdcore.loading.Held`."""
-        views = self._first.views
-        return view_seed(epoch % views, self.position) if views else None
+        return view_seed(epoch % self.views, self.position) if self.views else None
 
     def at(self, epoch: int | None) -> Place:
         """As `kdcore.loading.Held`."""
-        views, size = self._first.views, self._first.size
-        if (epoch is None) == bool(views):
-            return replace(self, row=None)
-        return replace(self, row=self.position if epoch is None else epoch % views * size + self.position)
-
-    @property
-    def _first(self) -> Reader:
-        return next(iter(self.readers.values()))
+        row = None
+        if (epoch is None) != bool(self.views):
+            row = self.position if epoch is None else epoch % self.views * self.size + self.position
+        return Place(self.readers, self.views, self.size, self.position, row)
 
     def read(self, held: Sequence[Place], samples: Sequence[Mapping[str, Any]]) -> Callable[[Batch], Batch]:
         """As `kdcore.loading.Held`: nothing where one of the samples has no row."""
@@ -205,6 +204,8 @@ class Joined(Dataset[Any]):
 
     def __init__(self, split: Any, keys: Sequence[str], readers: Mapping[str, Reader]) -> None:
         self.split, self.keys, self.readers = split, keys, readers
+        first = next(iter(readers.values()))
+        self.views, self.size = first.views, first.size
 
     def __len__(self) -> int:
         return len(self.split)
@@ -212,7 +213,9 @@ class Joined(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int):
             return self.split[index]
-        return {**named_sample(self.split[index], self.keys), HELD: Place(self.readers, index)}
+        sample = named_sample(self.split[index], self.keys)
+        sample[HELD] = Place(self.readers, self.views, self.size, index)
+        return sample
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "split":

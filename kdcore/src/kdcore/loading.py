@@ -119,7 +119,7 @@ class Keyed(Dataset[dict[str, Any]]):
             with seeded(derive_seed(self.seed, epoch, index) if replayed is None else replayed):
                 sample = self.augment(sample)
         if held:
-            sample = {**sample, HELD: held.at(None if self.augment is None else epoch)}
+            sample[HELD] = held.at(None if self.augment is None else epoch)
         return {**sample, "index": index}
 
 
