@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import kdcore
 from kdcore import Component, DataModule, Method, Task
@@ -105,3 +106,36 @@ def test_views_get_memory_of_their_own_before_they_are_saved():
     own_storage(module)
     assert module.queue.untyped_storage().nbytes() == module.queue.nbytes
     assert module.queue.tolist() == list(range(2, 10))
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+        self.seen: list[bool] = []
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        found = self.norm(self.conv(image)).relu()
+        self.seen.append(found.is_contiguous(memory_format=torch.channels_last))
+        return self.head(found.mean((2, 3)))
+
+
+def test_channels_last_changes_the_layout_while_it_trains_and_nothing_else(manager, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(32, 3, 9, 9, generator=generator)
+    data = DataModule(
+        {"train": torch.utils.data.TensorDataset(images, torch.arange(32) % 3)}, Task("classification", num_classes=3)
+    )
+    weights = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        teacher, student = Convolutions(), Convolutions()
+        train = {"epochs": 2, "batch_size": 8, "channels_last": channels_last, "save_every": 2}
+        kdcore.distill(teacher, student, data, "listed", losses=[{"use": "soft"}], plugins=manager, train=train,
+                       run_dir=tmp_path / str(channels_last))  # fmt: skip
+        assert [sum(model.seen) for model in (student, teacher)] == ([8, 8] if channels_last else [0, 0])
+        assert student.conv.weight.is_contiguous()
+        assert teacher.conv.weight.is_contiguous()
+        weights.append(student.state_dict())
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)

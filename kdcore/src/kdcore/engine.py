@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
+import operator
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdcore import checkpoint
 from kdcore.data import derive_seed, to_device
 from kdcore.errors import DataError, Interrupted, RecipeError
-from kdcore.evaluation import evaluate, prepare
+from kdcore.evaluation import evaluate, lay_out, prepare
 from kdcore.guards import Before, first_not_finite, out_of_memory, wrong_numbers
 from kdcore.losses import Progress, count_samples
 from kdcore.models import Batch
@@ -99,6 +101,8 @@ class _Trainer:
         stage, options = self.stage, self.options
         set_seed(derive_seed(self.seed, stage.name) % 2**31, device_specific=True)
         prepare(self.run, stage)
+        if options.channels_last:
+            lay_out(stage, torch.channels_last)
         if options.compile:
             stage.compile()
         stage.train()
@@ -119,6 +123,8 @@ class _Trainer:
         finally:
             self._clear_gradients()
             self.accelerator.free_memory()
+            if options.channels_last:
+                lay_out(stage, torch.contiguous_format)
 
     def _without_wrapper(self, optimizer: Any) -> Any:
         """The torch optimizer where Accelerate's wrapper adds nothing but time: its `step` searches the import path."""
@@ -127,8 +133,8 @@ class _Trainer:
         return optimizer if scaled or self.accelerator.distributed_type not in plain else optimizer.optimizer
 
     def _clear_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+        for p in self.parameters:
+            p.grad = None
 
     def _resume(self) -> None:
         noted = self.run.last_checkpoint(self.stage.name)
@@ -390,8 +396,4 @@ def _share_of(shares: Mapping[str, Tensor | float], term: str) -> Tensor | float
 
 
 def _sum(terms: Mapping[str, Tensor]) -> Tensor:
-    values = iter(terms.values())
-    total = next(values)
-    for value in values:
-        total = total + value
-    return total
+    return functools.reduce(operator.add, terms.values())

@@ -39,6 +39,12 @@ def prepare(run: Run, stage: TrainStage) -> None:
     stage.to(run.device)
 
 
+def lay_out(stage: TrainStage, layout: torch.memory_format) -> None:
+    """Put the weights of convolutions in a layout, those of frozen models too; what they compute follows."""
+    for part in (stage, *stage.frozen.values()):
+        part.to(memory_format=layout)  # type: ignore[call-overload]
+
+
 def evaluate(run: Run, stage: TrainStage, split: str, batch_size: int) -> dict[str, float]:
     """The metrics of what a stage evaluates, on a split; the same on every process.
 

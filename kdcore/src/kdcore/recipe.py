@@ -100,6 +100,7 @@ class TrainOptions(_Section):
     )
     clip_norm: float | None = Field(None, gt=0, description="gradients are scaled down to this norm")
     compile: bool = Field(False, description="compile student and teacher with torch.compile")
+    channels_last: bool = Field(False, description="convolutions of student and teachers in channels-last layout")
     workers: int = Field(0, ge=0, description="data-loading processes")
     log_every: int = Field(10, gt=0, description="steps between rows of metrics.jsonl")
     eval_every: int | None = Field(None, gt=0, description="steps between evaluations on val; default: every epoch")
