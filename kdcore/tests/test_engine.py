@@ -111,7 +111,7 @@ def test_views_get_memory_of_their_own_before_they_are_saved():
 class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Linear(8, 3)
         self.seen: list[bool] = []
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
