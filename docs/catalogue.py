@@ -19,11 +19,15 @@ from kd_cli.showing import type_name
 from kdcore import Component, PluginManager, hookspecs
 from kdcore.components import KINDS, Kind, Paper
 from kdcore.metrics import METRICS
+from kdcore.options import CacheOptions
 from kdcore.plugins import PluginInfo
 from kdcore.recipe import EvalOptions, OptimizerOptions, ScheduleOptions, StageOverrides, TrainOptions
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("recipes", "hooks", "methods")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("recipes", "hooks", "methods", "teacher-cache")),
+)
 _PART = re.compile(r"(?P<begin><!-- begin (?P<name>[a-z-]+) -->\n).*?(?P<end><!-- end (?P=name) -->)", re.DOTALL)
 
 
@@ -153,6 +157,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "schedule": lambda: options_table(ScheduleOptions),
     "stages": lambda: options_table(StageOverrides),
     "eval": lambda: options_table(EvalOptions),
+    "cache": lambda: options_table(CacheOptions),
     "metrics": metrics_table,
     "registration-hooks": lambda: hooks("kd_register_"),
     "observer-hooks": lambda: hooks("observers"),
