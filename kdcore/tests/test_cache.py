@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from torch import nn
@@ -385,6 +388,29 @@ def test_a_full_disk_is_told_before_it_is_filled(go, monkeypatch):
         go()
 
 
+@pytest.mark.parametrize("place", ["/proc/nowhere", "file/below"])
+def test_a_folder_that_cannot_be_made_is_named(go, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(kdcore.KDError, match=r"the cache .* cannot be written: .*`cache\.folder`"):
+        go(cache={"folder": str(tmp_path / place)})
+
+
+def test_a_run_waits_for_another_one_that_fills_the_same_cache(go, tmp_path, caplog):
+    go()
+    (path,) = filled(tmp_path)
+
+    def hold() -> None:
+        with filelock.FileLock(path / ".lock"):
+            held.set()
+            time.sleep(2.5)
+
+    held = threading.Event()
+    threading.Thread(target=hold).start()
+    held.wait()
+    go()
+    assert f"another run fills {path}; waiting for it" in caplog.text
+
+
 def test_what_is_asked_of_the_teacher_itself_is_answered_by_it_which_is_made_then(go, tmp_path):
     go()
     (path,) = filled(tmp_path)
@@ -413,7 +439,6 @@ def test_digests_tell_types_shapes_and_values_apart():
         {"x": x.view(2, 3)},
         {"x": x.double()},
         {"y": x},
-        {"x": x.numpy()},
         {"x": x.tolist()},
         {"x": "6"},
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
 from kdcore import folder
@@ -22,6 +23,7 @@ from kdcore.cache import DIGEST, FACTS, HEAD, VIEWS, Cached, Joined, Reader, rea
 from kdcore.data import DataModule, to_device
 from kdcore.encoding import Encoded, Encoder
 from kdcore.errors import DataError, Interrupted, RecipeError, RunFailed, RunFolderError
+from kdcore.folder import disk_problem
 from kdcore.loading import Collate, Keyed, named_sample, seeded
 from kdcore.models import Batch, Model
 from kdcore.options import CacheOptions
@@ -141,20 +143,21 @@ class FillCache(Stage):
             Interrupted: after a signal; the shards that were written stay.
         """
         run, lock = self.run, FileLock(self.path / ".lock")
-        with run.together():
+        with run.together(), _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if run.accelerator.is_main_process:
-                lock.acquire()  # waits for another run that fills it
+                _acquire(lock)
         try:
             self.shards = self._divide()
             missing = {key: rows for key, rows in self.shards.items() if not self._whole(*key)}
             run.accelerator.wait_for_everyone()  # all have looked before one writes
             if missing or not self._has_facts():
                 self.total_steps = len(missing)
-                self._announce(sum(map(len, missing.values())))
                 with run.together():
+                    self._announce(sum(map(len, missing.values())))
+                with run.together(), _writing(self.path):
                     self._write_shards(missing)
-                with run.together():
+                with run.together(), _writing(self.path):
                     if run.accelerator.is_main_process:
                         self._write_facts()
         finally:
@@ -289,6 +292,27 @@ class _Noting:
 def _size(count: float) -> str:
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     return next(f"{count / unit:.1f} {name}" for unit, name in units if count >= unit or unit == 1e3)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Inside, what storage refuses is told as such."""
+    try:
+        yield
+    except Exception as error:
+        if not (problem := disk_problem(error)) and not isinstance(error, OSError):
+            raise
+        raise RunFailed(f"the cache {path} cannot be written: {problem or error}. What is there is whole: name another "
+                        "`cache.folder`, or make room and give the same command again") from error  # fmt: skip
+
+
+def _acquire(lock: FileLock) -> None:
+    """Lock a cache, after another run that fills it."""
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logger.warning("another run fills %s; waiting for it", Path(lock.lock_file).parent)
+        lock.acquire()
 
 
 def cache_root(options: CacheOptions) -> Path:
