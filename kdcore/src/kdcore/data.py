@@ -206,7 +206,9 @@ class DataModule:
             raise DataError(
                 f"the split {name!r} has {len(split)} samples: too few for {len(shares) * world} micro-batches"
             )
-        order = self.orders.get(name) or (lambda epoch: permutation(len(split), derive_seed(seed, name, epoch)))
+        order: Callable[[int], Any] = self.orders.get(name) or (
+            lambda epoch: permutation(len(split), derive_seed(seed, name, epoch))
+        )
         return DataLoader(
             self._keyed(split, seed, transform),
             batch_sampler=Steps(len(split), batch_size, order, shares, start, stop),
