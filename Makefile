@@ -5,6 +5,8 @@ BIN := .venv/bin
 MEMBERS := kdcore cli $(sort $(wildcard plugins/*))
 WORKERS ?= 2
 STAMP := .venv/.ready
+BENCH := .venv-bench
+AREAS := startup overhead encoders language_models layout cache divergences scale_out data_path growth
 
 .PHONY: env quickstart test faults lint types docs bench clean
 
@@ -38,9 +40,17 @@ types: env
 docs: env
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-bench: env
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/overhead.py
+# The peers are in an environment of the benchmarks' own; uv reads the pins of pyproject.toml as constraints.
+$(BENCH)/.ready: pyproject.toml $(addsuffix /pyproject.toml,$(MEMBERS)) .ci/torchvision_ops.py benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet uv torch==2.13.0
+	$(BENCH)/bin/uv pip install --quiet --python $(BENCH)/bin/python -r benchmarks/requirements.txt $(addprefix -e ./,$(MEMBERS))
+	$(BENCH)/bin/python .ci/torchvision_ops.py
+	touch $@
+
+bench: $(BENCH)/.ready
+	set -e; for area in $(AREAS); do OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/$$area.py; done
+	$(BENCH)/bin/python benchmarks/page.py
 
 clean:
-	rm -rf .venv docs/_build runs
+	rm -rf .venv $(BENCH) docs/_build runs

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -32,6 +33,7 @@ class Row:
     unit: str
     medians: dict[str, float]
     ratios: dict[str, tuple[float, float, float]]
+    rounds: int
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,7 +54,14 @@ def row(case: str, unit: str, found: Mapping[str, Sequence[float]], base: str = 
     pairs = [(name, base) for name in found if name != base] if base else [(first, n) for n in found if n != first]
     ratios = {f"{a} / {b}": quartiles([x / y for x, y in zip(found[a], found[b], strict=True)])
               for a, b in pairs if all(found[b])}  # fmt: skip
-    return Row(case, unit, {name: statistics.median(values) for name, values in found.items()}, ratios, facts)
+    return Row(
+        case,
+        unit,
+        {name: statistics.median(values) for name, values in found.items()},
+        ratios,
+        len(found[first]),
+        facts,
+    )
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -81,6 +90,21 @@ def reset_peak() -> int:
     """Begin the peak anew, and say what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
+
+
+def forked(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call gives in a process of its own that has everything already imported (before torch uses threads)."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(call(*arguments)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{getattr(call, '__name__', call)}{arguments} gave nothing") from None
+    finally:
+        process.join()
 
 
 def child(script: str | Path, *arguments: Any) -> dict[str, Any]:

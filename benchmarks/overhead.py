@@ -1,10 +1,12 @@
-"""What a step of a `kd` run costs, beside a hand-written loop that does the same work.
+"""What a step of a `kd` run costs, beside loops that do the same work.
 
-    python benchmarks/overhead.py [--rounds 7] [--steps 150] [--segmentation]
+    python benchmarks/overhead.py [--rounds 9] [--steps 100] [--only digits] [--threads 1]
 
-Both train the same student from the same teacher on the same data with the same terms, alternating in one process; the
-ratio of seconds per step should be at most 1.03. The students are a digits-sized ResNet and a small transformer of the
-demo plugin, with cross-entropy and KD; with `--segmentation`, two SegFormers with the losses of segmentation methods.
+All sides train the same student from the same teacher on the same batches with the same terms, optimizer and schedule,
+in turn, in one process: a run of this project (its own account of its loop), a loop by hand, the same loop over
+Accelerate, and for classifiers of images torchdistill's `DistillationBox`. Where a loss has no adapter with random
+weights of its own, the last losses of all sides must agree to 1 %, or there is no result. The networks are a
+digits-sized ResNet and a transformer of the demo plugin, and two SegFormers.
 """
 
 from __future__ import annotations
@@ -13,129 +15,115 @@ import argparse
 import copy
 import json
 import logging
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import loops
+import measure
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import kdcore
-from kd_classic import functional
 from kd_demo.digits import digits
 from kd_demo.models import cnn, transformer
 from kd_demo.options import CNNOptions, DigitsOptions, ShapesOptions, TopicsOptions, TransformerOptions
 from kd_demo.shapes import shapes
 from kd_demo.text import topics
-from kdcore import DataModule, Model, Outputs
+from kdcore import DataModule, Model
 from kdcore.losses import TaskLoss
 from kdcore.models import Batch
 
 BATCH = 64
+ADAPTED = ("bpkd", "acam-kd", "transkd")
+"""Losses with adapters whose weights begin at random."""
+STAGES = ["stage1", "stage2", "stage3"]
+LOGITS = {"is_from_teacher": False, "module_path": "fc", "io": "output"}
+CE_TERM = {"criterion": {"key": "CrossEntropyLoss", "kwargs": {}}, "weight": 1.0, "criterion_wrapper": {
+    "key": "SimpleLossWrapper", "kwargs": {"input": LOGITS, "target": {"uses_label": True}}}}  # fmt: skip
+KD_TERM = {"criterion": {"key": "KDLoss", "kwargs": {
+    "student_module_path": "fc", "student_module_io": "output", "teacher_module_path": "fc",
+    "teacher_module_io": "output", "temperature": 4.0, "alpha": 0.1, "beta": 0.9}}, "weight": 1.0}  # fmt: skip
+AT_TERM = {"criterion": {"key": "ATLoss", "kwargs": {"mode": "code", "at_pairs": {
+    stage: {who: {"io": "output", "path": stage} for who in ("teacher", "student")} for stage in STAGES}}},
+    "weight": 1000.0}  # fmt: skip
 
 
-Terms = Callable[[Outputs, Outputs, Batch], Tensor]
-"""Outputs of student and teacher, and a batch -> the objective."""
+@dataclass
+class Subject:
+    """What is trained, and how each side is told of it."""
+
+    name: str
+    teacher: Model
+    student: Model
+    data: DataModule
+    method: dict[str, Any]
+    parts: loops.Parts
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    terms: dict[str, Any] = field(default_factory=dict)
+    taps: list[str] = field(default_factory=list)
+    wrapped: bool = False
+    """Whether the loops call the `Model`, not the network in it, because the terms are a plugin's."""
 
 
-def kd_terms(ours: Outputs, theirs: Outputs, batch: Batch) -> Tensor:
-    """Those of the method `kd`."""
-    logits, teacher = ours.need("logits"), theirs.need("logits")
-    return 0.1 * functional.cross_entropy(logits, batch["label"]) + 0.9 * functional.kd(logits, teacher)
-
-
-def by_hand(teacher: Model, student: Model, data: DataModule, steps: int, name: str | None = None) -> float:
-    """Seconds per step of a plain PyTorch loop; with the name of a loss, of that beside the cross-entropy."""
-    terms, more = (kd_terms, []) if name is None else loss_terms(name, teacher, student, data)
-    loader = DataLoader(data["train"], BATCH, shuffle=True, drop_last=True, collate_fn=data.collate)
-    optimizer = torch.optim.AdamW([*student.parameters(), *more], lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    teacher.eval()
-    student.train()
-    done, start = 0, time.perf_counter()
-    while True:
-        for batch in loader:
-            with torch.no_grad():
-                theirs = teacher(batch)
-            loss = terms(student(batch), theirs, batch)
-            if done % 10 == 0 and not torch.isfinite(loss):
-                raise RuntimeError("the loss is not finite")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            done += 1
-            if done == steps:
-                return (time.perf_counter() - start) / steps
-
-
-def loss_terms(name: str, teacher: Model, student: Model, data: DataModule) -> tuple[Terms, list[nn.Parameter]]:
-    """The cross-entropy and a loss, and the parameters of its adapters."""
-    component = kdcore.PluginManager().get("loss", name)
-    options = component.load_options()
-    loss, task = component.load_target()(options() if options else None), TaskLoss(data.task)
-    loss.setup(data, "train")
-    loss.bind(student, teacher)
-    sample = data.sample("train", BATCH)
-    loss(student(sample), teacher(sample), sample)  # makes the adapters
-
-    def terms(ours: Outputs, theirs: Outputs, batch: Batch) -> Tensor:
-        found = loss(ours, theirs, batch)
-        return task(ours, theirs, batch) + sum(found.values() if isinstance(found, dict) else [found])
-
-    return terms, list(loss.parameters())
-
-
-def by_kd(teacher: Model, student: Model, data: DataModule, steps: int, where: Path, name: str | None = None) -> float:
+def by_kd(subject: Subject, steps: int) -> loops.Found:
     """Seconds per step of a run, from its own account."""
-    train = {"steps": steps, "batch_size": BATCH, "save_every": steps + 1, "eval_every": steps + 1}
-    only_train = DataModule({"train": data["train"]}, data.task, collate=data.collate)
-    method, losses = ("distill", [{"use": "cross-entropy"}, {"use": name}]) if name else ("kd", [])
-    result = kdcore.distill(teacher, student, only_train, method, losses=losses, train=train, run_dir=where)
-    timing = json.loads((result.path / "run.json").read_text())["timings"]["distill"]
-    return timing["seconds"] / timing["steps"]
-
-
-def compare(
-    name: str, teacher: Model, student: Model, data: DataModule, given: argparse.Namespace, loss: str | None = None
-) -> None:
-    """Print the medians and the median of the ratios."""
-    pairs = []
+    teacher, student = copy.deepcopy((subject.teacher, subject.student))
+    split = subject.data["train"]
+    only_train = DataModule({"train": split}, subject.data.task, collate=subject.data.collate,
+                            orders={"train": loops.order(len(split))})  # fmt: skip
+    train = {"steps": steps, "batch_size": BATCH, "save_every": steps + 1, "eval_every": steps + 1,
+             "optimizer": {"name": "adamw", "lr": loops.LR}}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(given.rounds + 1):
-            where, models = Path(folder) / str(number), (teacher, student)
-            hand = by_hand(*map(copy.deepcopy, models), data, given.steps, loss)
-            kd = by_kd(*map(copy.deepcopy, models), data, given.steps, where, loss)
-            pairs.append((kd, hand))
-    kd, hand = (1e3 * statistics.median(p[i] for p in pairs[1:]) for i in (0, 1))
-    ratio = statistics.median(a / b for a, b in pairs[1:])
-    print(f"{name:28}{kd:10.2f}{hand:14.2f}{ratio:9.3f}")
+        path = kdcore.distill(teacher, student, only_train, subject.method, losses=subject.losses, train=train,
+                              run_dir=Path(folder) / "run").path  # fmt: skip
+        timing = json.loads((path / "run.json").read_text())["timings"]["distill"]
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    terms = next(row["terms"] for row in reversed(rows) if "terms" in row)
+    return timing["seconds"] / timing["steps"], sum(terms.values())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--segmentation", action="store_true")
-    given = parser.parse_args()
-    logging.disable(logging.WARNING)
-    print(f"{'':28}{'kd ms/step':>10}{'by hand ms':>14}{'ratio':>9}   ({torch.get_num_threads()} threads)")
-    if given.segmentation:
-        segmenters(given)
-        return
+def sides(subject: Subject, steps: int) -> dict[str, Callable[[], loops.Found]]:
+    """Every side of a subject, with fresh copies of the networks each time."""
+
+    def networks() -> Any:
+        models = copy.deepcopy((subject.teacher, subject.student))
+        return models if subject.wrapped else [model.module for model in models]
+
+    made: dict[str, Callable[[], loops.Found]] = {"kd": lambda: by_kd(subject, steps)}
+    for name, loop in (("by hand", loops.by_hand), ("Accelerate", loops.by_accelerate)):
+        made[name] = lambda loop=loop: loop(*networks(), subject.parts, loops.loader(subject.data, BATCH), steps)
+    if subject.terms:
+        made["torchdistill"] = lambda: loops.by_torchdistill(
+            *networks(), subject.terms, subject.taps, subject.data, BATCH, steps
+        )
+    return made
+
+
+def images() -> list[Subject]:
+    """A ResNet of two widths on digits: KD, and attention transfer of three tapped stages."""
     data = digits(DigitsOptions())
     big, small = (cnn(CNNOptions(width=w, depth=2), data.task) for w in (32, 16))
-    compare("ResNet on digits", big, small, data, given)
+    at = {"use": "at", "student_layers": STAGES, "teacher_layers": STAGES}
+    return [
+        Subject("ResNet on digits, kd", big, small, data, {"use": "kd"}, loops.kd_by_hand, terms={"kd": KD_TERM},
+                taps=["fc"]),
+        Subject("ResNet on digits, at, 3 taps", big, small, data, at, loops.at_by_hand,
+                terms={"ce": CE_TERM, "at": AT_TERM}, taps=["fc", *STAGES]),
+    ]  # fmt: skip
+
+
+def texts() -> list[Subject]:
+    """A small transformer on topics."""
     data = topics(TopicsOptions())
     big, small = (transformer(TransformerOptions(width=w, layers=n), data.task) for w, n in ((128, 4), (64, 2)))
-    compare("transformer on topics", big, small, data, given)
+    return [Subject("transformer on topics, kd", big, small, data, {"use": "kd"}, loops.text_kd_by_hand)]
 
 
-def segmenters(given: argparse.Namespace) -> None:
-    """Two SegFormers on generated shapes."""
+def segmenters() -> list[Subject]:
+    """Two SegFormers on generated shapes, with the losses of segmentation methods."""
     from kd_transformers.build import build
     from kd_transformers.options import TransformersOptions
 
@@ -145,8 +133,64 @@ def segmenters(given: argparse.Namespace) -> None:
                                           "num_attention_heads": [1, 2, 4, 8], "decoder_hidden_size": 64}), data.task)
         for widths in ([32, 64, 80, 128], [16, 32, 40, 64])
     )  # fmt: skip
-    for loss in ("cwd", "bpkd", "acam-kd", "transkd"):
-        compare(f"SegFormer on shapes, {loss}", big, small, data, given, loss)
+    return [
+        Subject(f"SegFormer on shapes, {loss}", big, small, data, {"use": "distill"}, plugin_terms(loss, data),
+                losses=[{"use": "cross-entropy"}, {"use": loss}], wrapped=True)
+        for loss in ("cwd", "bpkd", "acam-kd", "transkd")
+    ]  # fmt: skip
+
+
+def plugin_terms(name: str, data: DataModule) -> loops.Parts:
+    """The cross-entropy and a plugin's loss, called by the loop itself."""
+
+    def parts(teacher: Model, student: Model) -> tuple[loops.Objective, list[nn.Parameter]]:
+        component = kdcore.PluginManager().get("loss", name)
+        options = component.load_options()
+        loss, task = component.load_target()(options() if options else None), TaskLoss(data.task)
+        loss.setup(data, "train")
+        loss.bind(student, teacher)
+        sample = data.sample("train", BATCH)
+        loss(student(sample), teacher(sample), sample)  # makes the adapters
+
+        def objective(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                theirs = teacher(batch)
+            ours = student(batch)
+            found = loss(ours, theirs, batch)
+            return task(ours, theirs, batch) + sum(found.values() if isinstance(found, dict) else [found])
+
+        return objective, list(loss.parameters())
+
+    return parts
+
+
+def compare(subject: Subject, given: argparse.Namespace) -> measure.Row:
+    """Seconds per step of all sides, whose last losses agree."""
+    steps = given.steps // 5 if subject.wrapped else given.steps
+    found = measure.in_turn(sides(subject, steps), given.rounds)
+    losses = {name: values[-1][1] for name, values in found.items()}
+    if not any(loss["use"] in ADAPTED for loss in subject.losses):
+        for name, loss in losses.items():
+            if abs(loss / losses["kd"] - 1) > 0.01:
+                raise SystemExit(f"{subject.name}: the last losses differ ({name}): {losses}")
+    times = {name: [1e3 * seconds for seconds, _ in values] for name, values in found.items()}
+    said = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+    return measure.row(subject.name, "ms per step", times, **{"last losses": said})
+
+
+def main() -> None:
+    parser = measure.parser(__doc__, rounds=9)
+    parser.add_argument("--steps", type=int, default=100)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    logging.disable(logging.WARNING)
+    rows = []
+    for make in (images, texts, segmenters):
+        for subject in make():
+            if given.only in subject.name:
+                rows.append(compare(subject, given))
+                measure.show(rows[-1])
+    measure.write("overhead", rows, given)
 
 
 if __name__ == "__main__":

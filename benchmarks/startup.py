@@ -1,45 +1,59 @@
-"""How long `kd list` takes from a cold start, beside the imports it is measured against.
+"""How long commands take from a cold start, beside the imports they are measured against.
 
-    python benchmarks/startup.py
+    python benchmarks/startup.py [--rounds 9] [--only "kd list"]
 
-Prints the median wall and CPU seconds of alternating runs and the two ratios that matter: to the CLI's own libraries
-(target at most 2) and to torch (target at most 0.35).
+`kd --help`, `kd list` and `kd show kd` beside the libraries of a command line alone, `import torch`, and what users of
+the peers import; wall and processor seconds of processes of their own, in turn. Targets: `kd list` takes at most 0.35
+of `import torch`, and at most twice `import typer, rich.table, pluggy, pydantic`.
 """
 
-import os
-import statistics
+from __future__ import annotations
+
+import functools
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import measure
+
 KD = str(Path(sys.executable).with_name("kd"))
-COMMANDS = {
-    "kd list": [KD, "list"],
-    "import typer, rich.table, pluggy, pydantic": [sys.executable, "-c", "import typer, rich.table, pluggy, pydantic"],
-    "import torch": [sys.executable, "-c", "import torch"],
+IMPORTS = {
+    "the libraries of a command line": "import typer, rich.table, pluggy, pydantic",
+    "import torch": "import torch",
+    "torchdistill's DistillationBox": "from torchdistill.core.distillation import DistillationBox",
+    "TRL's GKDTrainer": "from trl.experimental.gkd import GKDTrainer",
+    "import sentence_transformers": "import sentence_transformers",
 }
+COMMANDS = {"kd list": ["list"], "kd --help": ["--help"], "kd show kd": ["show", "kd"]}
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Wall and CPU seconds of one run."""
-    before = os.times()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-    after = os.times()
-    cpu = after.children_user - before.children_user + after.children_system - before.children_system
-    return after.elapsed - before.elapsed, cpu
+def run(command: list[str]) -> tuple[float, float]:
+    """Wall and processor seconds of one run."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main(rounds: int = 9) -> None:
-    for command in COMMANDS.values():
-        measure(command)
-    runs = [{name: measure(command) for name, command in COMMANDS.items()} for _ in range(rounds)]
-    print(f"{'command':46}{'wall s':>8}{'CPU s':>8}   (medians of {rounds} alternating runs)")
-    for name in COMMANDS:
-        wall, cpu = (statistics.median(run[name][i] for run in runs) for i in (0, 1))
-        print(f"{name:46}{wall:8.3f}{cpu:8.3f}")
-    for other in list(COMMANDS)[1:]:
-        ratios = [statistics.median(run["kd list"][i] / run[other][i] for run in runs) for i in (0, 1)]
-        print(f"kd list / {other:36}{ratios[0]:8.2f}{ratios[1]:8.2f}")
+def main() -> None:
+    given = measure.parser(__doc__, rounds=9).parse_args()
+    wanted = [name for name in COMMANDS if given.only in name]
+    commands = {name: [KD, *COMMANDS[name]] for name in wanted}
+    commands |= {name: [sys.executable, "-c", line] for name, line in IMPORTS.items()}
+    sides = {name: functools.partial(run, command) for name, command in commands.items()}
+    found = measure.in_turn(sides, given.rounds)
+    rows = []
+    for index, unit in enumerate(("s, wall", "s, processor")):
+        times = {name: [value[index] for value in values] for name, values in found.items()}
+        for name in wanted:
+            case = {
+                key: values for key, values in times.items() if key == name or key not in commands.keys() & COMMANDS
+            }
+            rows.append(measure.row(name, unit, {name: case.pop(name), **case}))
+            measure.show(rows[-1])
+    measure.write("startup", rows, given)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from kdcore import folder
 from kdcore.codecs import Sampled, TopK, unpack
 from kdcore.errors import DataError, ModelError, RunFolderError
-from kdcore.loading import HELD, IGNORE, TARGET_KEYS, derive_seed, named_sample
+from kdcore.loading import HELD, IGNORE, TARGET_KEYS, derive_seed, named_sample, read_many
 from kdcore.models import Batch, Labels, Model, Outputs
 
 FACTS = "cache.json"
@@ -213,9 +213,13 @@ class Joined(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int):
             return self.split[index]
-        sample = named_sample(self.split[index], self.keys)
-        sample[HELD] = Place(self.readers, self.views, self.size, index)
-        return sample
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        samples = [named_sample(sample, self.keys) for sample in read_many(self.split, indices)]
+        for sample, index in zip(samples, indices, strict=True):
+            sample[HELD] = Place(self.readers, self.views, self.size, index)
+        return samples
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "split":

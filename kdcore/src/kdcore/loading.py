@@ -110,6 +110,12 @@ class Collate:
                             f"{classes} classes are 0 to {classes - 1} ({IGNORE} is ignored)")  # fmt: skip
 
 
+def read_many(split: Any, indices: list[int]) -> list[Any]:
+    """Samples of a split, at once where it can (`__getitems__`, as torch's loader asks for them)."""
+    at_once = getattr(split, "__getitems__", None)
+    return list(at_once(indices)) if at_once else [split[index] for index in indices]
+
+
 class Keyed(Dataset[dict[str, Any]]):
     """Samples by (epoch, index), augmented under generators seeded by (seed, epoch, index)."""
 
@@ -117,7 +123,8 @@ class Keyed(Dataset[dict[str, Any]]):
         self.split, self.keys, self.seed, self.augment = split, keys, seed, augment
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        return self.finish([(self.split[index], epoch, index) for epoch, index in keys])
+        samples = read_many(self.split, [index for _, index in keys])
+        return self.finish([(sample, *key) for sample, key in zip(samples, keys, strict=True)])
 
     def finish(self, found: Sequence[tuple[Any, int, int]]) -> list[dict[str, Any]]:
         """Samples of the split by (sample, epoch, index): augmented, with their indices."""

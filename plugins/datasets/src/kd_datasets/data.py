@@ -246,13 +246,18 @@ class _Rows(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         if self.kept is None:
-            return self._make(index)
+            return self._make(self.rows[index])
         if index not in self.kept:
-            self.kept[index] = self._make(index)
+            self.kept[index] = self._make(self.rows[index])
         return dict(self.kept[index])
 
-    def _make(self, index: int) -> Sample:
-        sample = self.samples(self.rows[index])
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        if self.kept is not None or not hasattr(self.rows, "__getitems__"):
+            return [self[index] for index in indices]
+        return [self._make(row) for row in self.rows.__getitems__(indices)]
+
+    def _make(self, row: Mapping[str, Any]) -> Sample:
+        sample = self.samples(row)
         return self.finish(sample) if self.finish else sample
 
     def column(self, name: str) -> list[torch.Tensor]:
