@@ -28,7 +28,7 @@ FLOORS = [
     ("hookspecs",),
     ("plugins",),
     ("options",),
-    ("reading",),
+    ("reading", "training"),
     ("recipe",),
     ("outputs",),
     ("models",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from pydantic import Field
 
 import kdcore
 from kdcore import Component, Options, hookimpl
@@ -128,3 +129,24 @@ def test_the_schema_describes_every_section():
     assert {"method", "teachers", "students", "data", "losses", "train", "stages", "eval", "seed"} <= set(
         schema["properties"]
     )
+
+
+def test_a_cache_named_by_a_folder_is_an_option_of_a_component_that_has_one(manager):
+    class Texts(Options):
+        cache: str | None = Field(None, description="where answers are kept")
+
+    class Plugin:
+        @kdcore.hookimpl
+        def kd_register_teachers(self):
+            return [Component("teacher", "texts", lambda o, task: None, options=Texts)]
+
+    manager.register(Plugin(), name="texts")
+    base = {"method": "toy-kd", "student": "toy", "data": "toy"}
+    found = resolve({**base, "teacher": {"use": "texts", "cache": "answers"}}, manager)
+    assert found.options["teachers.teacher"].cache == "answers"
+    assert found.recipe.teachers["teacher"].cache is None
+    assert resolve(found.dump(), manager).dump() == found.dump()
+    with pytest.raises(RecipeError, match="takes no options, but got cache"):
+        resolve({**base, "teacher": {"use": "toy", "cache": "answers"}}, manager)
+    with pytest.raises(RecipeError, match=r"teachers\.teacher\.cache: Input should be a valid dictionary"):
+        resolve({**base, "teacher": {"use": "toy", "cache": 3}}, manager)

@@ -128,9 +128,7 @@ class Keyed(Dataset[dict[str, Any]]):
 
     def finish(self, found: Sequence[tuple[Any, int, int]]) -> list[dict[str, Any]]:
         """Samples of the split by (sample, epoch, index): augmented, with their indices."""
-        if self.augment is None:
-            return [self._finish(*one) for one in found]
-        with _restored():
+        with _restored() if self.augment else contextlib.nullcontext():
             return [self._finish(*one) for one in found]
 
     def _finish(self, sample: Any, epoch: int, index: int) -> dict[str, Any]:

@@ -11,26 +11,29 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from kdcore.components import Kind
 from kdcore.errors import ComponentError, RecipeError, did_you_mean, shown
 from kdcore.options import CacheOptions, Options
 from kdcore.plugins import PluginManager
 from kdcore.reading import load as load
-
-OPTIMIZERS: dict[str, set[str]] = {
-    "sgd": {"weight_decay", "momentum", "nesterov"},
-    "adam": {"weight_decay", "betas", "eps"},
-    "adamw": {"weight_decay", "betas", "eps"},
-    "nadam": {"weight_decay", "betas", "eps"},
-    "radam": {"weight_decay", "betas", "eps"},
-    "rmsprop": {"weight_decay", "momentum", "eps"},
-    "adagrad": {"weight_decay", "eps"},
-}
-
+from kdcore.training import OPTIMIZERS as OPTIMIZERS
+from kdcore.training import OptimizerOptions as OptimizerOptions
+from kdcore.training import ScheduleOptions as ScheduleOptions
+from kdcore.training import Section
+from kdcore.training import TrainOptions as TrainOptions
 
 MOST_PROBLEMS = 20
 """That a message lists."""
@@ -38,74 +41,6 @@ MOST_PROBLEMS = 20
 
 def _shorthand(value: Any) -> Any:
     return {"use": value} if isinstance(value, str) else value
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class OptimizerOptions(_Section):
-    """The optimizer. What is not given keeps torch's own default."""
-
-    name: Literal["sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad"] = Field("adamw", description="which")
-    lr: float = Field(1e-3, gt=0, description="learning rate at its peak")
-    weight_decay: float | None = Field(None, ge=0, description="weight decay")
-    momentum: float | None = Field(None, ge=0, description="momentum (sgd, rmsprop)")
-    nesterov: bool | None = Field(None, description="Nesterov momentum (sgd)")
-    betas: tuple[float, float] | None = Field(None, description="decay of the moments (adam and its kin)")
-    eps: float | None = Field(None, gt=0, description="term added to the denominator")
-
-    @model_validator(mode="after")
-    def _fits(self) -> OptimizerOptions:
-        extra = self.model_fields_set - OPTIMIZERS[self.name] - {"name", "lr"}
-        if wrong := [key for key in sorted(extra) if getattr(self, key) is not None]:
-            raise ValueError(
-                f"{self.name} has no {', '.join(wrong)}; it has: {', '.join(sorted(OPTIMIZERS[self.name]))}"
-            )
-        return self
-
-
-class ScheduleOptions(_Section):
-    """The learning rate as a factor of its peak, over a stage's optimizer steps."""
-
-    name: Literal["constant", "linear", "cosine", "polynomial", "multistep"] = Field("cosine", description="its shape")
-    warmup: float = Field(0.0, ge=0, description="linear warm-up: a fraction of all steps if below 1, else steps")
-    final: float = Field(0.0, ge=0, le=1, description="factor at the end (linear, cosine, polynomial)")
-    power: float = Field(0.9, gt=0, description="exponent (polynomial)")
-    milestones: list[float] = Field([], description="fractions of the stage at which the rate drops (multistep)")
-    gamma: float = Field(0.1, gt=0, description="factor of each drop (multistep)")
-
-
-class TrainOptions(_Section):
-    """How a training stage trains."""
-
-    epochs: float = Field(10, gt=0, description="passes over the training split")
-    steps: int | None = Field(None, gt=0, description="optimizer steps; overrides epochs")
-    batch_size: int = Field(64, gt=0, description="examples per optimizer step, over all processes and accumulation")
-    eval_batch_size: int | None = Field(None, gt=0, description="examples per process and batch in evaluation")
-    optimizer: Annotated[OptimizerOptions, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Field(
-        default_factory=lambda: OptimizerOptions(), description="the optimizer"
-    )
-    schedule: Annotated[ScheduleOptions, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Field(
-        default_factory=lambda: ScheduleOptions(), description="the learning-rate schedule"
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast precision of the whole run")
-    grad_accumulation: int = Field(1, gt=0, description="micro-batches a batch is split into; the result is the same")
-    nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="when a term or gradient is NaN or infinite: stop the run, or skip the step"
-    )
-    max_skipped: int = Field(10, ge=0, description="steps of a stage that may be skipped before the run stops (skip)")
-    on_oom: Literal["stop", "halve"] = Field(
-        "stop", description="without memory left: stop, or halve the micro-batches of the same batch (one process)"
-    )
-    clip_norm: float | None = Field(None, gt=0, description="gradients are scaled down to this norm")
-    compile: bool = Field(False, description="compile student and teacher with torch.compile")
-    channels_last: bool = Field(False, description="convolutions of student and teachers in channels-last layout")
-    workers: int = Field(0, ge=0, description="data-loading processes")
-    log_every: int = Field(10, gt=0, description="steps between rows of metrics.jsonl")
-    eval_every: int | None = Field(None, gt=0, description="steps between evaluations on val; default: every epoch")
-    save_every: int | None = Field(None, gt=0, description="steps between checkpoints; default: every epoch")
-    keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept")
 
 
 def _switch(value: Any) -> Any:
@@ -121,6 +56,15 @@ class ModelSpec(BaseModel):
     use: str
     train: Annotated[dict[str, Any] | None, BeforeValidator(_switch)] = None
     cache: Annotated[CacheOptions | None, BeforeValidator(_switch)] = None
+    _folder: str | None = PrivateAttr(None)  # `cache: FOLDER`, an option of components that keep texts
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _set_apart(cls, value: Any, handler: Any) -> Any:
+        named = isinstance(value, dict) and isinstance(value.get("cache"), str)
+        made = handler({k: v for k, v in value.items() if k != "cache"} if named else value)
+        made._folder = value["cache"] if named else None
+        return made
 
 
 class LossSpec(BaseModel):
@@ -145,13 +89,13 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 """Of roles and stages: they become names of files, and parts of key paths."""
 
 
-class StageOverrides(_Section):
+class StageOverrides(Section):
     """What one stage does differently, by stage name."""
 
     train: dict[str, Any] = Field({}, description="overrides of `train`")
 
 
-class EvalOptions(_Section):
+class EvalOptions(Section):
     """What is measured, and on which splits. The first metric is the one that comparisons use."""
 
     metrics: list[str] = Field([], description="names; default: the task's own")
@@ -176,7 +120,7 @@ class EvalOptions(_Section):
 Model = Annotated[ModelSpec, BeforeValidator(_shorthand)]
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe. `teacher: X` is short for `teachers: {teacher: X}`, likewise `student`."""
 
     method: Annotated[ComponentSpec, BeforeValidator(_shorthand)]
@@ -301,6 +245,8 @@ def resolve(data: Mapping[str, Any], manager: PluginManager, source: str = "reci
         try:
             model = manager.get(kind, spec.use).load_options()
             given = dict(spec.model_extra or {})
+            if (place := getattr(spec, "_folder", None)) is not None:
+                given["cache"] = place
             if model is None and given:
                 problems.append(f"{key}: {spec.use} takes no options, but got {', '.join(sorted(given))}")
             options[key] = model.model_validate(given) if model else None
