@@ -128,7 +128,7 @@ class Keyed(Dataset[dict[str, Any]]):
 
     def finish(self, found: Sequence[tuple[Any, int, int]]) -> list[dict[str, Any]]:
         """Samples of the split by (sample, epoch, index): augmented, with their indices."""
-        with _restored() if self.augment else contextlib.nullcontext():
+        with _restored() if self.augment is not None else contextlib.nullcontext():
             return [self._finish(*one) for one in found]
 
     def _finish(self, sample: Any, epoch: int, index: int) -> dict[str, Any]:
