@@ -103,7 +103,7 @@ def students(given: argparse.Namespace, folder: str) -> list[Row]:
     for name, cache in CODECS.items():
         results = [_taught(str(taught.path), cache, seed, folder) for seed in range(3)]
         perplexity = [r["perplexity"] for r in results]
-        found.append(Row(f"texts: {name}", "val perplexity", {"perplexity": statistics.mean(perplexity)}, {},
+        found.append(Row(f"texts: {name}", "val perplexity", {"perplexity": statistics.mean(perplexity)}, {}, 3,
                          {"by seed": perplexity, **results[0]["facts"]}))  # fmt: skip
         show(found[-1])
     return found
