@@ -13,14 +13,12 @@ import argparse
 import copy
 import functools
 import json
-import logging
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import Row, in_turn, parser, row, show, write
+from measure import Row, begin, in_turn, parser, row, show, write
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -126,9 +124,7 @@ def _taught(teacher: str, cache: dict[str, Any] | None, seed: int, folder: str) 
 
 
 def main() -> None:
-    given = parser(__doc__, rounds=5).parse_args()
-    torch.set_num_threads(given.threads)
-    logging.disable(logging.WARNING)
+    given = begin(parser(__doc__, rounds=5))
     with tempfile.TemporaryDirectory() as folder:
         write("cache", [*epochs(given, folder), *students(given, folder)], given)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import random
 import tempfile
 import time
@@ -229,9 +228,7 @@ def run(given: argparse.Namespace, where: Path) -> list[measure.Row]:
 def main() -> None:
     parser = measure.parser(__doc__, rounds=5)
     parser.add_argument("--samples", type=int, default=1024, help="pictures; texts are four times as many")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    logging.disable(logging.WARNING)
+    given = measure.begin(parser)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"

@@ -14,7 +14,6 @@ import contextlib
 import copy
 import io
 import json
-import logging
 import random
 import tempfile
 import time
@@ -190,9 +189,7 @@ def compare(made: dict[str, Any], given: argparse.Namespace) -> measure.Row:
 def main() -> None:
     parser = measure.parser(__doc__, rounds=7)
     parser.add_argument("--epochs", type=int, default=4)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    logging.disable(logging.WARNING)
+    given = measure.begin(parser)
     with tempfile.TemporaryDirectory() as folder:
         made = compare(prepare(Path(folder)), given)
     measure.show(made)

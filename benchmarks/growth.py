@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -144,9 +143,7 @@ def measured(given: argparse.Namespace) -> list[measure.Row]:
 
 
 def main() -> None:
-    given = measure.parser(__doc__, rounds=3).parse_args()
-    torch.set_num_threads(given.threads)
-    logging.disable(logging.WARNING)
+    given = measure.begin(measure.parser(__doc__, rounds=3))
     measure.write("growth", measured(given), given)
 
 

@@ -8,7 +8,6 @@ loop over the plain one: below 1 is a gain. The losses of all variants agree to 
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable
 
@@ -110,9 +109,7 @@ def case(name: str, side: int, rounds: int, steps: int) -> list[measure.Row]:
 def main() -> None:
     parser = measure.parser(__doc__, rounds=5)
     parser.add_argument("--steps", type=int, default=3)
-    given = parser.parse_args()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(given.threads)
+    given = measure.begin(parser)
     rows = []
     for name, side in CASES:
         if given.only in f"{name} {side}":

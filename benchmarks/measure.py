@@ -6,6 +6,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -124,6 +125,16 @@ def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     made.add_argument("--only", default="", help="only the cases whose names hold this; nothing is written then")
     made.add_argument("--threads", type=int, default=1, help="of torch, on all sides")
     return made
+
+
+def begin(arguments: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments given; torch has its threads from here on, and the libraries are quiet."""
+    import torch
+
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    logging.disable(logging.WARNING)
+    return given
 
 
 def write(area: str, rows: Sequence[Row], given: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -181,9 +180,7 @@ def compare(subject: Subject, given: argparse.Namespace) -> measure.Row:
 def main() -> None:
     parser = measure.parser(__doc__, rounds=9)
     parser.add_argument("--steps", type=int, default=100)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    logging.disable(logging.WARNING)
+    given = measure.begin(parser)
     rows = []
     for make in (images, texts, segmenters):
         for subject in make():

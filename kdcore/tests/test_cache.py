@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import filelock
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
@@ -15,10 +16,13 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import kdcore
 from kdcore import Component, DataModule, Distill, Loss, Method, Model, Task
-from kdcore.cache import Cached, Reader, read_facts, sample_digest
+from kdcore.cache import Cached, Reader, _tensor, positions, read_facts, sample_digest
+from kdcore.data import IGNORE
+from kdcore.encoding import Encoder
 from kdcore.errors import DataError, Interrupted, ModelError, RecipeError, RunFolderError
 from kdcore.losses import Weighted
 from kdcore.models import Labels, Outputs
+from kdcore.options import CacheOptions
 
 ASKED = {"count": 0, "interrupt": 10**9}
 
@@ -247,7 +251,11 @@ def test_augmented_views_are_replayed(go):
 
 
 def test_a_subset_of_augmented_data_replays_the_views_of_its_samples(go):
-    go(cache={"views": 2}, module=data(augment=True), method="halves")
+    first, weights, _ = go(cache={"views": 2}, module=data(augment=True), method="halves")
+    again, same, _ = go(cache={"views": 2}, module=data(augment=True), method="halves")
+    assert first >= 2 * 64
+    assert again < 64
+    assert weights.equal(same)
 
 
 def test_the_augmented_input_is_the_one_that_the_teacher_saw(go, tmp_path):
@@ -264,6 +272,51 @@ def test_the_augmented_input_is_the_one_that_the_teacher_saw(go, tmp_path):
     with seeded(view_seed(1, 5)):
         augmented = Noise()(sample)
     torch.testing.assert_close(held, teacher().module(augmented["series"][None]).logits[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_filled_cache_of_pictures_as_they_are_is_refused_for_augmented_ones(go, tmp_path):
+    go()
+    (path,) = filled(tmp_path)
+    with pytest.raises(RecipeError, match=r"augments every sample at random.*cache\.views"):
+        go(cache={"filled": str(path)}, module=data(augment=True))
+
+
+def texts(along: str, width: int) -> dict:
+    """Two texts of 3 and 5 tokens in rows of `width`; packed rows are full and have no mask."""
+    lengths = torch.tensor([3, 5]) if along != "packed" else torch.tensor([width, width])
+    mask = torch.arange(width) < lengths[:, None]
+    ids = torch.arange(width).expand(2, -1)
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "index": torch.arange(2)}
+    if along == "packed":
+        return {"input_ids": ids, "position_ids": ids % 4, "index": torch.arange(2)}
+    labels = torch.where(mask, 1, IGNORE)
+    return (
+        {**batch, "input_ids": ids[:, :2], "decoder_input_ids": ids, "labels": labels} if along == "labels" else batch
+    )
+
+
+@pytest.mark.parametrize(("along", "widths"), [("mask", (5, 8)), ("labels", (5, 8)), ("packed", (6, 6))])
+def test_tokens_are_held_without_padding_and_put_back_where_another_batch_has_them(along, widths):
+    narrow, wide = (texts(along, width) for width in widths)
+    logits = torch.randn(2, widths[0], 12)
+    encoded = Encoder(teacher(), CacheOptions(dtype="float32"))(Outputs(logits=logits), narrow, [1, 2], measure=False)
+    spec = encoded.shape["arrays"]["logits.values"]
+    found = _tensor(pa.array(encoded.rows()["logits.values"], pa.large_binary()), spec, wide, "teacher")
+    held = positions(narrow, spec["along"])
+    assert encoded.units == (12 if along == "packed" else 8)
+    assert found.shape == (2, widths[1], 12)
+    assert found[positions(wide, spec["along"])].equal(logits[held])
+    if along == "mask":
+        shorter = {**wide, "attention_mask": wide["attention_mask"].clone()}
+        shorter["attention_mask"][1, 4] = 0
+        with pytest.raises(DataError, match="holds 8 positions of a batch that has 7"):
+            _tensor(pa.array(encoded.rows()["logits.values"], pa.large_binary()), spec, shorter, "teacher")
+
+
+def test_texts_that_are_joined_in_a_row_are_refused():
+    batch = {"input_ids": torch.zeros(1, 8), "position_ids": torch.zeros(1, 8), "index": torch.arange(2)}
+    with pytest.raises(DataError, match="padding_free"):
+        Encoder(teacher(), CacheOptions())(Outputs(logits=torch.randn(1, 8, 12)), batch, [1, 2], measure=False)
 
 
 def test_other_weights_other_data_or_another_codec_fill_another_cache(go, tmp_path):

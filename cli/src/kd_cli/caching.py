@@ -11,6 +11,7 @@ import typer
 from kd_cli import progress, tables
 from kd_cli.errors import is_main_process
 from kd_cli.launching import follow_launcher, launch
+from kd_cli.running import sigterm_ends_it
 from kdcore.signals import GRACE
 
 
@@ -60,7 +61,7 @@ def cache(
         raise typer.Exit(launch(ctx, recipe, overrides or [], arguments, processes, GRACE, "cache"))
     follow_launcher()
     silent = as_json or not is_main_process()
-    with contextlib.nullcontext() if silent else progress.shown(ctx.obj):
+    with sigterm_ends_it(), contextlib.nullcontext() if silent else progress.shown(ctx.obj):
         import kdcore
 
         found = kdcore.fill_cache(recipe, overrides or (), role=teacher, options=options, plugins=ctx.obj)

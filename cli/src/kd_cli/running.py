@@ -80,7 +80,7 @@ def run(
         raise typer.Exit(launch(ctx, recipe, overrides or [], arguments, processes, grace))
     follow_launcher()
     silent = as_json or quiet or not is_main_process()
-    with _sigterm_ends_it(), contextlib.nullcontext() if silent else progress.shown(ctx.obj):
+    with sigterm_ends_it(), contextlib.nullcontext() if silent else progress.shown(ctx.obj):
         import kdcore
 
         result = kdcore.run(recipe, overrides or (), run_dir=run_dir, resume=resume, plugins=ctx.obj, grace=grace)
@@ -93,7 +93,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _sigterm_ends_it() -> Iterator[None]:
+def sigterm_ends_it() -> Iterator[None]:
     """Inside, SIGTERM ends the command with the status of a run that may be started again. The run handles it itself
     while it is under way; imports take seconds."""
     if threading.current_thread() is not threading.main_thread():

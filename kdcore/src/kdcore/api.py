@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -122,7 +122,7 @@ def distill(
         module.task = _with_classes(module, next(m for m in known if isinstance(m, Model)))
     named = {"use": method} if isinstance(method, str) else dict(method)
     recipe = {"method": {**named, **options}, "data": "given:given", "train": dict(train or {}),
-              "eval": dict(eval or {}),              "losses": list(losses), "seed": seed}  # fmt: skip
+              "eval": dict(eval or {}), "losses": list(losses), "seed": seed}  # fmt: skip
     if not plugins or not any(info.name == "given" for info in manager.plugins()):
         manager.register(_Given, name="given")
     resolved = resolve(recipe, manager, "distill()")
@@ -156,8 +156,9 @@ def fill_cache(
     source, name = find_recipe(recipe, manager)
     overrides = list(overrides)
     teachers = resolve(load(source, overrides), manager, _source(recipe)).recipe.teachers
-    roles = [role] if role else [r for r, spec in teachers.items() if spec.cache] or list(teachers)
-    if len(set(roles) & set(teachers)) < max(len(roles), 1) or (not role and len(roles) > 1 and options):
+    marked = [r for r, spec in teachers.items() if spec.cache]
+    roles = [role] if role else marked or (list(teachers) if len(teachers) == 1 else [])
+    if not roles or roles[0] not in teachers:
         raise RecipeError(f"name the teacher whose cache is to be filled, one of: {', '.join(teachers) or 'none'}")
     changes = [f"teachers.{r}.cache={json.dumps(dict(options or {}))}" for r in roles]
     resolved = resolve(load(source, [*overrides, *changes]), manager, _source(recipe))
@@ -167,7 +168,7 @@ def fill_cache(
             raise RecipeError(f"teachers.{r}.train: the recipe trains this teacher first, and its cache is filled by "
                               "the run (`cache: true`); or name the trained one by `checkpoint`")  # fmt: skip
     run = Run(resolved, manager, Path("runs") / name)
-    with run.watch.handled():
+    with _guarded(run):
         return {r: caching.cached(run, r, cache).path for r, cache in wanted.items()}
 
 
@@ -183,20 +184,28 @@ def _run(
     grace: float = GRACE,
 ) -> Result:  # fmt: skip
     run = Run(resolved, manager, path, given, grace)
-    atexit.unregister(_leave_processes)
-    atexit.register(_leave_processes)
-    with run.watch.handled():
+    with _guarded(run):
         try:
             return _opened(run, resolved, resume, given)
-        except (KeyboardInterrupt, Interrupted) as error:
-            raise run.watch.explain(error) from error
-        except KDError:
+        except (KDError, KeyboardInterrupt):
             raise
         except Exception as error:
             if (problem := disk_problem(error)) is None:
                 raise
             raise RunFailed(f"the run folder {path} cannot be written any more: {problem}. What was saved before is "
                             "whole: make room, and give the same command again") from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def _guarded(run: Run) -> Iterator[None]:
+    """Inside, signals are handled, and told as what they are; processes leave their group when the program ends."""
+    atexit.unregister(_leave_processes)
+    atexit.register(_leave_processes)
+    with run.watch.handled():
+        try:
+            yield
+        except (KeyboardInterrupt, Interrupted) as error:
+            raise run.watch.explain(error) from error
 
 
 def _opened(run: Run, resolved: Resolved, resume: bool, given: Mapping[str, Any] | None) -> Result:

@@ -240,6 +240,9 @@ class Cached(nn.Module):
         live: gives the teacher itself.
     """
 
+    hint = "; it is read from a cache: fill one with `kd cache`, `--embedding` and `--taps` say what it holds"
+    """How to get what is missing."""
+
     def __init__(self, role: str, path: Path, facts: Mapping[str, Any], live: Callable[[], Model]) -> None:
         super().__init__()
         self.role, self.facts, self.path = role, facts, path
@@ -248,7 +251,7 @@ class Cached(nn.Module):
         self.decoder = _decoder(path, facts)
         self.register_buffer("place", torch.empty(0), persistent=False)  # where the outputs are wanted
         self._live, self._patterns, self._taps = functools.cache(live), dict[str, None](), dict[str, None]()
-        self._tapped, self._checks = False, 0
+        self._checks = 0
 
     def forward(self, batch: Batch) -> Outputs:
         """The outputs of a batch, from the entries that were read with it."""
@@ -286,9 +289,7 @@ class Cached(nn.Module):
     def live(self) -> Model:
         """The teacher itself, frozen."""
         model = self._live().freeze().to(self.place.device)
-        if not self._tapped:
-            model.tap(*self._patterns)
-            self._tapped = True
+        model.tap(*self._patterns)
         return model
 
     def tap(self, *patterns: str) -> list[str]:
@@ -317,11 +318,6 @@ class Cached(nn.Module):
         what = [] if options["logits"] == "none" else ["logits"]
         what += ["embedding"] if options["embedding"] or options["logits"] == "hidden" else []
         return [*what, *(name for names in self.facts["taps"].values() for name in names)]
-
-    @property
-    def hint(self) -> str:
-        """How to get what is missing."""
-        return "; it is read from a cache: fill one with `kd cache`, `--embedding` and `--taps` say what it holds"
 
     def freeze(self) -> Cached:
         """Nothing to freeze; returns itself."""

@@ -74,11 +74,12 @@ def cached(run: Run, role: str, options: CacheOptions) -> Cached:
     if options.filled:
         path = Path(options.filled).expanduser()
         facts = read_facts(path)
+        _check_data(run, role, list(facts["splits"]), facts["views"])
         for split, shards in facts["shards"].items():
             for number in range(len(shards)):
                 folder.verify(shard_path(path, split, number))
         return Cached(role, path, facts, lambda: cast(Model, run.fresh(role)))
-    _check_data(run, role, options)
+    _check_data(run, role, options.splits, options.views)
     teacher = run.model(role)
     if not isinstance(teacher, Model):
         raise RecipeError(f"teachers.{role}.cache: a {type(teacher).__name__} cannot be cached here")
@@ -87,9 +88,9 @@ def cached(run: Run, role: str, options: CacheOptions) -> Cached:
     return Cached(role, stage.path, read_facts(stage.path), lambda: teacher)
 
 
-def _check_data(run: Run, role: str, options: CacheOptions) -> None:
+def _check_data(run: Run, role: str, splits: list[str], views: int) -> None:
     key = f"teachers.{role}.cache"
-    for split in options.splits:
+    for split in splits:
         if split not in run.data:
             raise RecipeError(f"{key}.splits: the data has no split {split!r}; it has: {', '.join(run.data.splits)}")
         if run.data.size(split) is None:
@@ -97,18 +98,19 @@ def _check_data(run: Run, role: str, options: CacheOptions) -> None:
         if len({_digest_of(run.data, split, 0, seed) for seed in range(3)}) > 1:
             raise RecipeError(f"{key}: the samples of split {split!r} come out differently each time: a random "
                               "transform in the data set. Hand it over as `augment` and set `cache.views`")  # fmt: skip
-    if run.data.augment is not None and not options.views:
+    if run.data.augment is not None and not views:
         raise RecipeError(f"{key}: the data augments every sample at random, and what the teacher says of one picture "
                           "does not hold for another. Set `cache.views`: so many augmented views of each sample are "
                           "kept, and seen again in turn; or switch the augmentation off")  # fmt: skip
-    if run.data.augment is None and options.views:
+    if run.data.augment is None and views:
         raise RecipeError(f"{key}.views: the data is not augmented: leave it out")
 
 
 class FillCache(Stage):
     """Asks the teacher about every sample of the splits, in shards that the processes share.
 
-    A shard is on disk whole or not at all: what was killed goes on with those that are missing or damaged.
+    A shard is on disk whole or not at all: what was killed goes on with those that are missing or damaged. (A stage for
+    those who watch; what it leaves belongs to no run.)
     """
 
     def __init__(self, run: Run, role: str, teacher: Model, options: CacheOptions) -> None:
@@ -252,6 +254,8 @@ class FillCache(Stage):
 
     def _has_facts(self) -> bool:
         try:
+            if self.options.logits == "hidden":
+                folder.verify(self.path / HEAD)
             return bool(read_facts(self.path))
         except RunFolderError:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def unpack(arrays: Arrays) -> Tensor:
 
 
 def index_type(classes: int) -> torch.dtype:
-    """The smallest type that Torch gathers by after widening: 2 bytes where they are enough for that many classes."""
+    """Of the numbers of so many classes: 2 bytes where they are enough, else 4."""
     return torch.int16 if classes <= 2**15 else torch.int32
 
 
@@ -72,8 +73,7 @@ class TopK(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """The log-probabilities: logits that the teacher's differ from by a constant for each position."""
         k = codes.shape[-1] // 2
-        left = max(self.out_features - k, 1)
-        spread = (codes[..., -1:] - torch.tensor(float(left)).log()).expand(*codes.shape[:-1], self.out_features)
+        spread = (codes[..., -1:] - math.log(self.out_features - k)).expand(*codes.shape[:-1], self.out_features)
         return spread.scatter(-1, codes[..., :k].long(), codes[..., k:-1])
 
 

@@ -133,8 +133,8 @@ class _Trainer:
         return optimizer if scaled or self.accelerator.distributed_type not in plain else optimizer.optimizer
 
     def _clear_gradients(self) -> None:
-        for p in self.parameters:
-            p.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _resume(self) -> None:
         noted = self.run.last_checkpoint(self.stage.name)

@@ -13,16 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from kdcore.components import Kind
 from kdcore.errors import ComponentError, RecipeError, did_you_mean, shown
@@ -56,7 +47,7 @@ class ModelSpec(BaseModel):
     use: str
     train: Annotated[dict[str, Any] | None, BeforeValidator(_switch)] = None
     cache: Annotated[CacheOptions | None, BeforeValidator(_switch)] = None
-    _folder: str | None = PrivateAttr(None)  # `cache: FOLDER`, an option of components that keep texts
+    _folder: str | None = None  # `cache: FOLDER`, an option of components that keep texts
 
     @model_validator(mode="wrap")
     @classmethod

@@ -86,9 +86,7 @@ class Run:
         self.method: Method = self._target("method", self.recipe.method.use)(self.resolved.options["method"])
         check_roles(self.method, self.recipe, self.given)
         self._check_splits()
-        self._index = 0
-        self._adopted: dict[str, Model] = {}
-        self._seen: set[str] = set()
+        self._index, self._adopted, self._seen = 0, dict[str, Model](), set[str]()
 
     # -- what a method asks for ----------------------------------------------------------------------------------
 
@@ -249,7 +247,8 @@ class Run:
     def execute(self) -> Result:
         """Run all stages, those finished earlier excepted, then save the student and the result."""
         self.notify("kd_run_started")
-        _ = [self.model(role) for role in self.student_roles]  # one that cannot be had is told before a teacher trains
+        for role in self.student_roles:  # one that cannot be had is told before a teacher is trained
+            self.model(role)
         for role, spec in (*self.recipe.teachers.items(), *self.recipe.students.items()):
             if spec.train is not None and not (spec.cache and spec.cache.filled):
                 self._train_role(role, spec.train)

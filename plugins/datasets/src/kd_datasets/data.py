@@ -22,6 +22,7 @@ from kd_datasets.pictures import Augment, Fit, Sample
 from kd_datasets.targets import Classes, column_names, find_classes, find_form, find_kind, find_roles
 from kdcore.data import DataModule, Task, vocabulary_fingerprint
 from kdcore.errors import DataError
+from kdcore.loading import read_many
 from kdcore.models import Batch, FromColumns
 
 logger = logging.getLogger(__name__)
@@ -252,9 +253,9 @@ class _Rows(Dataset[Sample]):
         return dict(self.kept[index])
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
-        if self.kept is not None or not hasattr(self.rows, "__getitems__"):
+        if self.kept is not None:
             return [self[index] for index in indices]
-        return [self._make(row) for row in self.rows.__getitems__(indices)]
+        return [self._make(row) for row in read_many(self.rows, indices)]
 
     def _make(self, row: Mapping[str, Any]) -> Sample:
         sample = self.samples(row)
