@@ -169,7 +169,10 @@ class DataModule:
 
     def sample(self, name: str, size: int = 2) -> Batch:
         """The first samples of a split as a batch: for shapes, checks and measurements."""
-        return next(iter(self.eval_loader(name, size)))
+        if (total := self.size(name)) is None:
+            return cast(Batch, next(iter(self.eval_loader(name, size))))
+        first = [(0, index) for index in range(min(size, total))]
+        return self.collator(name)(self._keyed(self[name], 0, None).__getitems__(first))
 
     def eval_loader(
         self, name: str, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
