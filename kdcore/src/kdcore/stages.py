@@ -18,7 +18,8 @@ from kdcore.losses import Loss, Progress, TaskLoss, Weighted, named_terms
 from kdcore.metrics import Metrics
 from kdcore.models import Batch, Labels, Model, Outputs, Source, check_pair, map_tensors
 from kdcore.processes import gather_with_grad, world_size
-from kdcore.recipe import OPTIMIZERS, OptimizerOptions, Recipe, ScheduleOptions, TrainOptions
+from kdcore.recipe import OptimizerOptions, Recipe, ScheduleOptions, TrainOptions
+from kdcore.training import FUSED, OPTIMIZERS
 
 if TYPE_CHECKING:
     from kdcore.runner import Run
@@ -84,6 +85,8 @@ class TrainStage(nn.Module, Stage):
             the first.
         augment: whether the training data is augmented.
         find_unused_parameters: whether a step may leave parameters without gradient (needed by DDP, costs time).
+        shardable: whether `train.shard` may divide its parameters over the processes; not where `forward` calls parts
+            of a network by themselves, or what is trained hangs in a model that is not registered.
         seed: for the order of the data and the random numbers, where it is not to be the run's.
         data: what the stage draws from and is measured on, where it is not the run's.
         frozen: models that are used but neither trained nor saved; moved to the device and kept in evaluation mode.
@@ -99,6 +102,7 @@ class TrainStage(nn.Module, Stage):
     splits: tuple[str, ...] = ("train",)
     augment: bool = True
     find_unused_parameters: bool = False
+    shardable: bool = True
     seed: int | None = None
     data: DataModule | None = None
 
@@ -353,10 +357,19 @@ def make_optimizer(parameters: Any, options: OptimizerOptions) -> Optimizer:
     names = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam", "radam": "RAdam",
              "rmsprop": "RMSprop", "adagrad": "Adagrad"}  # fmt: skip
     given = options.model_dump(exclude_none=True, include=OPTIMIZERS[options.name])
-    groups = [p for p in parameters if isinstance(p, dict) or p.requires_grad]
+    groups = [_listed(p) if isinstance(p, dict) else p for p in parameters if isinstance(p, dict) or p.requires_grad]
     if not groups:
         raise RecipeError("there is nothing to train: every parameter is frozen")
+    if options.fused is None and options.name in ("adam", "adamw"):
+        trained = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+        given["fused"] = all(p.device.type in FUSED and p.is_floating_point() for p in trained)
     return cast(Optimizer, getattr(torch.optim, names[options.name])(groups, lr=options.lr, **given))
+
+
+def _listed(group: dict[str, Any]) -> dict[str, Any]:
+    """A group whose parameters can be gone over twice."""
+    params = group["params"]
+    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
 
 
 def _both_logits(loss: Loss) -> bool:

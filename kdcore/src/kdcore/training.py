@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -15,6 +16,8 @@ OPTIMIZERS: dict[str, set[str]] = {
     "rmsprop": {"weight_decay", "momentum", "eps"},
     "adagrad": {"fused", "weight_decay", "eps"},
 }
+FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Devices on which torch has fused optimizers."""
 
 
 class Section(BaseModel):
@@ -34,7 +37,7 @@ class OptimizerOptions(Section):
     betas: tuple[float, float] | None = Field(None, description="decay of the moments (adam and its kin)")
     eps: float | None = Field(None, gt=0, description="term added to the denominator")
     fused: bool | None = Field(
-        None, description="one kernel for all parameters (sgd, adagrad, adam, adamw): several times as fast for Adam"
+        None, description="one kernel for all parameters (sgd, adagrad; adam and adamw do it by default)"
     )
 
     @model_validator(mode="after")
@@ -81,6 +84,9 @@ class TrainOptions(Section):
         "stop", description="without memory left: stop, or halve the micro-batches of the same batch (one process)"
     )
     clip_norm: float | None = Field(None, gt=0, description="gradients are scaled down to this norm")
+    shard: Literal["none", "student", "all"] = Field(
+        "none", description="FSDP2: what is trained, or frozen models as well, is divided over the processes"
+    )
     compile: bool = Field(False, description="compile student and teacher with torch.compile")
     channels_last: bool = Field(False, description="convolutions of student and teachers in channels-last layout")
     workers: int = Field(0, ge=0, description="data-loading processes")
@@ -88,3 +94,18 @@ class TrainOptions(Section):
     eval_every: int | None = Field(None, gt=0, description="steps between evaluations on val; default: every epoch")
     save_every: int | None = Field(None, gt=0, description="steps between checkpoints; default: every epoch")
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept")
+
+
+def schedule_factor(options: ScheduleOptions, step: int, total: int) -> float:
+    """The learning rate at a step as a factor of its peak."""
+    warmup = round(options.warmup * total if options.warmup < 1 else options.warmup)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    if options.name == "constant":
+        return 1.0
+    if options.name == "multistep":
+        return options.gamma ** sum(step / total >= m for m in options.milestones)
+    shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
+             "polynomial": (1 - done) ** options.power}[options.name]  # fmt: skip
+    return float(options.final + (1 - options.final) * shape)
