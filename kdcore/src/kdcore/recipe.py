@@ -20,7 +20,6 @@ from kdcore.errors import ComponentError, RecipeError, did_you_mean, shown
 from kdcore.options import CacheOptions, Options
 from kdcore.plugins import PluginManager
 from kdcore.reading import load as load
-from kdcore.training import OPTIMIZERS as OPTIMIZERS
 from kdcore.training import OptimizerOptions as OptimizerOptions
 from kdcore.training import ScheduleOptions as ScheduleOptions
 from kdcore.training import Section
@@ -171,10 +170,9 @@ class Resolved:
     @property
     def passing(self) -> set[str]:
         """Key paths of options that do not change the result."""
-        places = {f"teachers.{r}.cache.folder" for r, spec in self.recipe.teachers.items() if spec.cache}
-        return places | {
-            f"{key}.{name}" for key, options in self.options.items() if options for name in options.passing
-        }
+        own = {f"{key}.{name}" for key, options in self.options.items() if options for name in options.passing}
+        cached = [f"teachers.{role}.cache" for role, spec in self.recipe.teachers.items() if spec.cache]
+        return own.difference(cached) | {f"{key}.folder" for key in cached}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -189,7 +187,9 @@ class Resolved:
         """The recipe as plain data, every default of its components written out: what the run folder keeps."""
         data = self.recipe.model_dump(mode="json", exclude_none=True)
         for key, options in self.options.items():
-            _node(data, key.split(".")).update(options.model_dump(mode="json") if options else {})
+            node = _node(data, key.split("."))  # which may have a `cache` of its own
+            given = options.model_dump(mode="json") if options else {}
+            node.update({name: value for name, value in given.items() if name not in node})
         return data
 
 

@@ -88,3 +88,11 @@ class OpenAIOptions(Options):
         if self.budget and self.budget.money is not None and self.prices is None:
             raise ValueError("budget.money: money is counted by `prices: {input: ..., output: ...}`; give them too")
         return self
+
+
+class LogprobsOptions(OpenAIOptions):
+    """A language model behind vLLM, which says how likely the tokens of given texts are."""
+
+    mode: Literal["completion"] = Field("completion", description="texts are scored as they are")
+    k: int = Field(20, gt=0, description="likeliest tokens of each position; more than 20 want vLLM's --max-logprobs")
+    size: int | None = Field(None, gt=0, description="logits of a position; default: as many as the data has tokens")

@@ -58,7 +58,7 @@ class Job:
     """
 
     number: int
-    prompt: Prompt
+    prompt: Prompt | list[int]
     sampling: Sampling
     seed: int
     entry: Entry
@@ -76,8 +76,10 @@ class Job:
         return (derive_seed(self.seed, draws) if draws else self.seed) % 2**31
 
     def __str__(self) -> str:
-        text = self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
-        short = " ".join(text.split())
+        last = self.prompt if isinstance(self.prompt, str) else self.prompt[-1]
+        if isinstance(last, int):
+            return f"text {self.number} of {len(self.prompt)} tokens"
+        short = " ".join((last if isinstance(last, str) else last["content"]).split())
         return f"prompt {self.number} ({short[:80] + '…' if len(short) > 80 else short!r})"
 
 

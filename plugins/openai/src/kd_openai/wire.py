@@ -72,16 +72,21 @@ def estimate(texts: Sequence[str]) -> int:
     return sum(math.ceil(len(text.encode()) / 4) for text in texts)
 
 
-def prompt_tokens(prompt: Prompt) -> int:
-    """Roughly how many tokens a prompt has."""
+def prompt_tokens(prompt: Prompt | list[int]) -> int:
+    """Roughly how many tokens a prompt has, where they are not given."""
+    if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        return len(prompt)
     return estimate([message["content"] for message in messages(prompt)])
 
 
-class _Usage(BaseModel):
+class Usage(BaseModel):
+    """How many tokens a request took."""
+
     prompt_tokens: int | None = Field(None, ge=0)
     completion_tokens: int | None = Field(None, ge=0)
 
     def both(self) -> tuple[int, int] | None:
+        """Of prompt and answers, where both are counted."""
         if self.prompt_tokens is None or self.completion_tokens is None:
             return None  # half a count would let a budget be passed unseen
         return self.prompt_tokens, self.completion_tokens
@@ -131,12 +136,12 @@ class _TextChoice(BaseModel):
 
 class _ChatReply(BaseModel):
     choices: list[_ChatChoice] = Field(min_length=1)
-    usage: _Usage | None = None
+    usage: Usage | None = None
 
 
 class _TextReply(BaseModel):
     choices: list[_TextChoice] = Field(min_length=1)
-    usage: _Usage | None = None
+    usage: Usage | None = None
 
 
 def read_reply(mode: str, body: str) -> Reply:
@@ -151,13 +156,18 @@ def read_reply(mode: str, body: str) -> Reply:
     try:
         found = (_ChatReply if mode == "chat" else _TextReply).model_validate_json(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        what = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
         beginning = " ".join(body.split())[:200]
+        what = first_problem(error)
         raise MalformedReplyError(f"a reply that cannot be read ({what}): {beginning!r}") from None
     counted = found.usage
     tokens = counted.completion_tokens if counted and len(found.choices) == 1 else None
     return Reply([_answer(choice, tokens) for choice in found.choices], counted.both() if counted else None)
+
+
+def first_problem(error: ValidationError) -> str:
+    """What pydantic says first, on one line."""
+    first = error.errors()[0]
+    return ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
 
 
 def _answer(choice: _ChatChoice | _TextChoice, tokens: int | None) -> Answer:
