@@ -41,6 +41,7 @@ FLOORS = [
     ("guards", "evaluation"),
     ("encoding",),
     ("search", "generate", "caching"),
+    ("sharding",),
     ("checkpoint",),
     ("engine",),
     ("card",),
@@ -156,7 +157,7 @@ def test_no_file_of_the_core_is_long_and_the_core_is_small():
     code = sum(code_lines(path) for path in sources(CORE) if path not in on_top)
     print(f"kdcore: {len(lines)} files, {sum(lines.values())} lines, of which {code} hold code")
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert code <= 3500, "the core is to stay about 3,400 lines of code"
+    assert code <= 3700, "the core is to stay about 3,600 lines of code"
 
 
 def test_nothing_light_imports_torch():

@@ -10,12 +10,13 @@ from torch import nn
 
 import kdcore
 from kdcore import Component, DataModule, Method, Task
+from kdcore.checkpoint import own_storage
 from kdcore.data import IGNORE
-from kdcore.engine import own_storage, schedule_factor
 from kdcore.losses import Progress, TaskLoss, Weighted, count_units
 from kdcore.models import Outputs
 from kdcore.recipe import ScheduleOptions
 from kdcore.stages import TrainStage
+from kdcore.training import schedule_factor
 
 
 @given(st.sampled_from(["linear", "cosine", "polynomial"]), st.integers(1, 500), st.floats(0, 0.5), st.floats(0, 1))

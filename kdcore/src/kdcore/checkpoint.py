@@ -5,26 +5,32 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.other import load
+from torch import nn
+from torch.optim import Optimizer
 
-from kdcore import folder
+from kdcore import folder, sharding
 from kdcore.errors import KDError, RunFolderError
+from kdcore.stages import TrainStage
 
 logger = logging.getLogger(__name__)
 
+Divided = tuple[TrainStage, Sequence[Optimizer]]
+
 
 def save(
-    accelerator: Accelerator, checkpoints: Path, step: int, keep: int, facts: Mapping[str, Any], recipe: str
-) -> Path:
+    accelerator: Accelerator, checkpoints: Path, step: int, keep: int, facts: Mapping[str, Any], recipe: str,
+    divided: Divided | None = None,
+) -> Path:  # fmt: skip
     """Write everything Accelerate holds (modules, optimizers, scaler, random states of every process) after `step`
     steps, with `facts` and the recipe's fingerprint in the manifest; then remove all but the last `keep` checkpoints.
-    Returns the new folder."""
+    Returns the new folder. What is `divided` over the processes is put together."""
     final = _path(checkpoints, step)
     temporary = final.with_name(f"{final.name}.tmp")
     if accelerator.is_main_process:
@@ -32,6 +38,8 @@ def save(
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary), safe_serialization=True)
+    if divided:
+        sharding.save(*divided, temporary, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.commit(temporary, final, {"step": step, "processes": accelerator.num_processes, **facts}, recipe)
@@ -70,7 +78,7 @@ def latest(checkpoints: Path, recipe: str = "", noted: int = 0) -> tuple[Path, d
     return None
 
 
-def restore(accelerator: Accelerator, path: Path) -> None:
+def restore(accelerator: Accelerator, path: Path, divided: Divided | None = None) -> None:
     """Bring modules, optimizers, scaler and random states back to a checkpoint. Nothing is unpickled but tensors and
     plain containers.
 
@@ -78,8 +86,20 @@ def restore(accelerator: Accelerator, path: Path) -> None:
         RunFolderError: if a file of it cannot be read.
     """
     with reading(path):
-        load(path / f"random_states_{accelerator.process_index}.pkl")  # Accelerate goes on without those it cannot read
+        if (states := path / f"random_states_{accelerator.process_index}.pkl").exists():  # not of one process more
+            load(states)  # Accelerate goes on without those it cannot read
         accelerator.load_state(str(path))
+        if divided:
+            sharding.restore(*divided, path)
+
+
+def own_storage(module: nn.Module) -> None:
+    """Give every buffer that is a view into a larger tensor (a queue that was sliced, say) memory of its own: the
+    safetensors format does not hold views."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.untyped_storage().nbytes() != buffer.nbytes:
+                setattr(part, name, buffer.clone())
 
 
 @contextlib.contextmanager

@@ -10,22 +10,24 @@ import operator
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcore import checkpoint
+from kdcore import checkpoint, sharding
+from kdcore.checkpoint import own_storage
 from kdcore.data import derive_seed, to_device
 from kdcore.errors import DataError, Interrupted, RecipeError
 from kdcore.evaluation import evaluate, lay_out, prepare
 from kdcore.guards import Before, first_not_finite, out_of_memory, wrong_numbers
 from kdcore.losses import Progress, count_samples
 from kdcore.models import Batch
-from kdcore.recipe import ScheduleOptions
 from kdcore.stages import TrainStage
+from kdcore.training import schedule_factor
 
 if TYPE_CHECKING:
     from kdcore.runner import Run
@@ -55,21 +57,6 @@ def write(stage: TrainStage, artifact: Path) -> None:
         model.save(artifact / name)
 
 
-def schedule_factor(options: ScheduleOptions, step: int, total: int) -> float:
-    """The learning rate at a step as a factor of its peak."""
-    warmup = round(options.warmup * total if options.warmup < 1 else options.warmup)
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(total - warmup, 1)
-    if options.name == "constant":
-        return 1.0
-    if options.name == "multistep":
-        return options.gamma ** sum(step / total >= m for m in options.milestones)
-    shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
-             "polynomial": (1 - done) ** options.power}[options.name]  # fmt: skip
-    return float(options.final + (1 - options.final) * shape)
-
-
 class _Trainer:
     """One stage's training: everything the loop needs, and the loop."""
 
@@ -86,6 +73,7 @@ class _Trainer:
             raise RecipeError(f"train.batch_size {options.batch_size} does not split into {self.parts} equal parts "
                             "(processes × grad_accumulation)")  # fmt: skip
         self.seed = run.seed if stage.seed is None else stage.seed
+        self.sharded = options.shard != "none"
         self.step = self.skipped = 0
         self.pending: list[tuple[int, dict[str, Tensor], list[Any]]] = []
         self.kept: Before | None = None
@@ -98,39 +86,56 @@ class _Trainer:
 
     def train(self) -> None:
         """Prepare, resume, loop."""
-        stage, options = self.stage, self.options
-        set_seed(derive_seed(self.seed, stage.name) % 2**31, device_specific=True)
-        prepare(self.run, stage)
+        whole, options = self.stage, self.options
+        set_seed(derive_seed(self.seed, whole.name) % 2**31, device_specific=True)
+        prepare(self.run, whole)
         if options.channels_last:
-            lay_out(stage, torch.channels_last)
+            lay_out(whole, torch.channels_last)
+        stage = self.stage = sharding.shard(self.run, whole, options.shard == "all") if self.sharded else whole
         if options.compile:
             stage.compile()
         stage.train()
         self.optimizers = stage.optimizers(options)
         self.base_lrs = {o: [g["lr"] for g in opt.param_groups] for o, opt in self.optimizers.items()}
-        unused = stage.find_unused_parameters or len(stage.objectives) > 1
-        self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
-        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(stage, list(_alike(stage)))
-        prepared = self.accelerator.prepare(stage, *self.optimizers.values())
-        self.module: nn.Module = prepared[0]
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizers = {o: self._without_wrapper(w) for o, w in zip(self.optimizers, prepared[1:], strict=True)}
+        self._wrap()
         try:
             self._resume()
             with self.run.signals() as signals:
                 self._loop(signals)
+            if self.sharded:
+                sharding.collect(stage, whole, self.accelerator.is_main_process)
         finally:
             self._clear_gradients()
             self.accelerator.free_memory()
             if options.channels_last:
-                lay_out(stage, torch.contiguous_format)
+                lay_out(whole, torch.contiguous_format)
+
+    def _wrap(self) -> None:
+        """Hand stage and optimizers to Accelerate, unless the stage is divided and looks after its gradients itself."""
+        stage = self.stage
+        self.module: nn.Module = stage
+        self.parameters = [p for p in stage.parameters() if p.requires_grad]
+        self.divided = (stage, list(self.optimizers.values())) if self.sharded else None  # for checkpoints
+        if self.divided:
+            return
+        unused = stage.find_unused_parameters or len(stage.objectives) > 1
+        settings = {"find_unused_parameters": unused, "gradient_as_bucket_view": True}
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(**settings)
+        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(stage, list(sharding.alike(stage)))
+        self.module, *wrapped = self.accelerator.prepare(stage, *self.optimizers.values())
+        self.optimizers = {o: self._without_wrapper(w) for o, w in zip(self.optimizers, wrapped, strict=True)}
 
     def _without_wrapper(self, optimizer: Any) -> Any:
         """The torch optimizer where Accelerate's wrapper adds nothing but time: its `step` searches the import path."""
         plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         scaled = self.accelerator.scaler is not None
         return optimizer if scaled or self.accelerator.distributed_type not in plain else optimizer.optimizer
+
+    def _whole(self, hook: str) -> contextlib.AbstractContextManager[None]:
+        """Inside, every process holds all parameters, where the stage has such a hook; what it changes is kept."""
+        wanted = self.sharded and sharding.has(self.stage, hook)
+        return sharding.whole(self.stage) if wanted else contextlib.nullcontext()
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -141,7 +146,7 @@ class _Trainer:
         found = checkpoint.latest(self.checkpoints, self.run.resolved.fingerprint, noted)
         if found:
             path, facts = found
-            checkpoint.restore(self.accelerator, path)
+            checkpoint.restore(self.accelerator, path, self.divided)
             self.step, self.skipped, self.stage.metrics = facts["step"], facts["skipped"], dict(facts["metrics"])
             logger.info("stage %s resumes at step %d of %d", self.stage.name, self.step, self.total)
         self.run.forget_rows_after(self.stage.name, self.step)
@@ -212,8 +217,10 @@ class _Trainer:
         careful = self.options.nonfinite == "skip" or self.options.on_oom == "halve"
         self.kept = Before(stage, self.run.device) if careful else None
         self.good, self.changed = True, False
-        with accelerator.autocast():
+        with accelerator.autocast(), self._whole("before_step"):
             stage.before_step(micro)
+        if self.sharded:
+            sharding.send_buffers(stage)
         shares = self._shares(micro)
         logged: dict[str, Tensor] = {}
         norms: list[Tensor] = []
@@ -226,7 +233,7 @@ class _Trainer:
                 stage.progress = progress[i]
                 last = i == len(micro) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
-                    terms = self.module(batch, objective)
+                    terms = self._forward(batch, objective)
                     if shares:
                         terms = {name: value * _share_of(shares[i], name) for name, value in terms.items()}
                     if i == 0:  # not earlier: gradients that stay keep the heap from shrinking and growing in each step
@@ -235,6 +242,8 @@ class _Trainer:
                 for name, value in terms.items():
                     value = value.detach()
                     logged[name] = logged[name] + value if name in logged else value
+            if self.sharded and not self.changed and not self.step:
+                sharding.check_reached(stage)
             norms.append(self._norm_gradients(optimizer))
             if self.options.nonfinite == "skip" and not self._all_finite([*logged.values(), *norms]):
                 self.good = False
@@ -243,10 +252,17 @@ class _Trainer:
                 return logged
             self.changed = True
             optimizer.step()
-        with torch.no_grad():
+        with torch.no_grad(), self._whole("after_step"):
             stage.after_step()
         self.pending.append((self.step + 1, {**logged, _NORM: torch.stack(norms).sum()}, [_index(b) for b in micro]))
         return logged
+
+    def _forward(self, batch: Batch, objective: str) -> dict[str, Tensor]:
+        """The terms in float32, whatever they were computed in, as Accelerate sees to it for what it has prepared."""
+        if not self.sharded:
+            return self.module(batch, objective)  # type: ignore[no-any-return]
+        with self.accelerator.autocast():
+            return {name: value.float() for name, value in self.module(batch, objective).items()}
 
     def _norm_gradients(self, optimizer: Any) -> Tensor:
         """The norm of an optimizer's gradients, clipped if that is asked for. Where losses are scaled, the scaler looks
@@ -256,6 +272,8 @@ class _Trainer:
             norm: Tensor = self.accelerator.clip_grad_norm_(parameters, self.options.clip_norm).detach()
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]).to(self.run.device)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         return norm.nan_to_num(0, 0, 0) if self.accelerator.scaler is not None else norm
 
     def _all_finite(self, values: list[Tensor]) -> bool:
@@ -305,18 +323,12 @@ class _Trainer:
             return []
         batches = [b if len(self.stage.splits) == 1 else b[self.stage.splits[0]] for b in micro]
         counts = [{"": count_samples(b), **self.stage.counts(whole)} for b, whole in zip(batches, micro, strict=True)]
-        world, shares = self.accelerator.num_processes, [dict[str, Tensor | float]() for _ in micro]
-        for name in counts[0]:
-            values = [c[name] for c in counts]
-            if any(v is None for v in values):
-                for share in shares:
-                    share[name] = 1 / len(micro)
-                continue
-            local = torch.stack([v.to(torch.float64) for v in values if v is not None])
-            whole = self.accelerator.reduce(local.sum(), "sum").clamp(min=1)
-            for share, value in zip(shares, local * world / whole, strict=True):
-                share[name] = value.float()
-        return shares
+        ours = [name for name in counts[0] if all(c[name] is not None for c in counts)]
+        local = torch.stack([torch.stack([cast(Tensor, c[name]).double() for c in counts]) for name in ours])
+        whole = self.accelerator.reduce(local.sum(1, keepdim=True), "sum").clamp(min=1)
+        shares = (local * self.accelerator.num_processes / whole).float()
+        alone = dict.fromkeys(counts[0], 1 / len(micro))
+        return [{**alone, **dict(zip(ours, column, strict=True))} for column in shares.T]
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -350,13 +362,15 @@ class _Trainer:
         split = self.run.recipe.eval.on[0]
         if type(self.stage).evaluate is TrainStage.evaluate or split not in self.data:
             return
-        found = evaluate(self.run, self.stage, split, self.options.eval_batch_size or self.options.batch_size)
+        with self._whole("evaluate"):
+            found = evaluate(self.run, self.stage, split, self.options.eval_batch_size or self.options.batch_size)
         self.run.report_metrics(self.stage, self.step, {f"{split}/{name}": value for name, value in found.items()})
 
     def _check(self) -> None:
         """What went wrong must not become a checkpoint or an artifact."""
         self._read_terms()
-        if name := first_not_finite(self.stage.named_parameters()):
+        name = first_not_finite((name, sharding.local(p)) for name, p in self.stage.named_parameters())
+        if name := sharding.agreed(name) if self.sharded else name:
             raise wrong_numbers(self.run, self.stage.name, self.step, f"the parameter {name!r} is no longer finite: a "
                                 "gradient was not")  # fmt: skip
 
@@ -365,25 +379,9 @@ class _Trainer:
         own_storage(self.stage)
         facts = {"metrics": self.stage.metrics, "skipped": self.skipped}
         path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints, facts,
-                               self.run.resolved.fingerprint)  # fmt: skip
+                               self.run.resolved.fingerprint, self.divided)  # fmt: skip
         self.run.note_checkpoint(self.stage.name, self.step)
         self.run.notify("kd_checkpoint_saved", stage=self.stage, path=path)
-
-
-def _alike(module: nn.Module) -> Iterator[str]:
-    """Buffers of modules with `same_everywhere`: large ones, say, that every process updates alike."""
-    for path, part in module.named_modules():
-        if getattr(part, "same_everywhere", False):
-            yield from (f"{path}.{name}" for name, _ in part.named_buffers())
-
-
-def own_storage(module: nn.Module) -> None:
-    """Give every buffer that is a view into a larger tensor (a queue that was sliced, say) memory of its own: the
-    safetensors format does not hold views."""
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if buffer.untyped_storage().nbytes() != buffer.nbytes:
-                setattr(part, name, buffer.clone())
 
 
 def _index(batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcore.errors import Interrupted, KDError, RunFailed
+from kdcore.errors import Interrupted, KDError, RecipeError, RunFailed
 from kdcore.folder import disk_problem
 from kdcore.signals import Signals
 
@@ -25,10 +26,18 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(recipe: Recipe, path: Path) -> Accelerator:
-    """The process's Accelerator, with the recipe's precision and trackers."""
+    """The process's Accelerator, with the recipe's precision and trackers.
+
+    Raises:
+        RecipeError: if Accelerate is configured for what divides weights in another way.
+    """
     from accelerate.state import AcceleratorState
     from accelerate.tracking import get_available_trackers
 
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise RecipeError(f"Accelerate is configured for {name}, which runs do not use: configure plain processes "
+                              "(`accelerate config`), and set `train.shard=all` to divide weights")  # fmt: skip
     trackers = recipe.trackers
     if trackers is None:
         trackers = [str(t) for t in get_available_trackers() if str(t) == "tensorboard"]

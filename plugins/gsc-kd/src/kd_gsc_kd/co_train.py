@@ -46,6 +46,7 @@ class CoTrain(TrainStage):
     """
 
     objectives = ROLES
+    shardable = False
 
     def __init__(self, run: Run, options: GSCKDOptions) -> None:
         super().__init__("co_train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -233,21 +234,18 @@ class Recorder:
         for index, block in blocks.items():
             part = module.get_submodule(block.path)
             if {"img", "txt"} & set(streams):
-                self._handles.append(part.register_forward_hook(self._hook(index, ("txt", "img"))))
+                self._handles.append(part.register_forward_hook(functools.partial(self._catch, index, ("txt", "img"))))
             attention = getattr(part, "attn", None)
             if {"sa", "ca"} & set(streams) and attention is not None and not isinstance(attention, PassAttention):
                 names = ("sa", "") if getattr(part, "context_pre_only", False) else ("sa", "ca")
-                self._handles.append(attention.register_forward_hook(self._hook(index, names)))
+                self._handles.append(attention.register_forward_hook(functools.partial(self._catch, index, names)))
 
-    def _hook(self, index: int, names: tuple[str, str]) -> Callable[..., None]:
-        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            only = "img" if "img" in names else "sa"
-            pairs = zip(names, output, strict=False) if isinstance(output, tuple | list) else [(only, output)]
-            for name, value in pairs:
-                if name in self.streams and isinstance(value, Tensor):
-                    self.caught[index, name] = value
-
-        return catch
+    def _catch(self, index: int, names: tuple[str, str], _module: nn.Module, _inputs: Any, output: Any) -> None:
+        only = "img" if "img" in names else "sa"
+        pairs = zip(names, output, strict=False) if isinstance(output, tuple | list) else [(only, output)]
+        for name, value in pairs:
+            if name in self.streams and isinstance(value, Tensor):
+                self.caught[index, name] = value
 
     def take(self) -> dict[tuple[int, str], Tensor]:
         """What the last forward left, by (block, stream); it is given once."""

@@ -69,6 +69,8 @@ class Tune(TrainStage):
         ModelError: if the adapters do not fit the model, or it cannot be held in 4 bits.
     """
 
+    shardable = False
+
     def __init__(self, run: Run, teacher: LanguageModel, prompts: Prompts, options: LinguGKDOptions) -> None:
         super().__init__("tune")
         self.alpha, self.noise_seed = options.neftune, run.seed

@@ -51,7 +51,7 @@ class RevisedDistill(SequenceDistill):
         schedule = make(options.student_data_fraction, replay=options.policy == "off")
         super().__init__(student, losses, teacher, sampling=options.sampling, schedule=schedule,
                          capacity=options.buffer_capacity, seed=seed, gold=gold, sampler=sampler)  # fmt: skip
-        self.options, self.teacher = options, teacher.freeze()
+        self.options = options
         self.clipped = [item.loss for item in self.weighted if isinstance(item.loss, DACKL)]
 
     def before_step(self, batches: list[Batch]) -> None:
@@ -65,7 +65,7 @@ class RevisedDistill(SequenceDistill):
         if not self.options.scrg:
             return answers
         return correct_and_regenerate(
-            prompts, answers, seeds, teacher=self.teacher, student=self.student, sampling=self.sampling,
+            prompts, answers, seeds, teacher=self.teachers["teacher"], student=self.student, sampling=self.sampling,
             rounds=self.options.scrg_rounds, sampler=self.sampler,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +38,12 @@ def with_special_tokens(model: Model, task: Task, seed: int) -> Model:
         native(folder)
         tokenizer.save_pretrained(folder)
 
-    return Model(model.module, lambda _, batch: model(batch), save=save, stages=model.stages,
+    return Model(model.module, functools.partial(_call, model), save=save, stages=model.stages,
                  labels=Labels(max(size, known or 0), None, task.vocabulary))  # fmt: skip
+
+
+def _call(model: Model, module: Any, batch: Batch) -> Any:
+    return model(batch)
 
 
 @torch.no_grad()
