@@ -328,8 +328,11 @@ def cache_root(options: CacheOptions) -> Path:
 
 def weights_digest(model: Model) -> str:
     """32 hexadecimal digits over the names, types, shapes and values of a model's parameters and buffers."""
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
     found = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.module.state_dict().items()):
+    state = get_state_dict_offloaded_model(model.module) if model.placed else model.module.state_dict()
+    for name, tensor in sorted(state.items()):
         found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()

@@ -43,6 +43,7 @@ class Model(nn.Module):
         writer: writes tokens after tokens, for a language model: `writer(module, contexts, sampling, seeds, limits,
             mix)`, with `mix` a module and its share.
         tokenizer: the tokenizer behind its tokens, where there is one.
+        placed: whether the module stands on several devices, or the disk, and is not to be moved.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Model(nn.Module):
         channels_last: bool = False,
         writer: Callable[..., list[list[int]]] | None = None,
         tokenizer: Any = None,
+        placed: bool = False,
     ) -> None:
         super().__init__()
         self.module = module
@@ -65,6 +67,7 @@ class Model(nn.Module):
         self.labels = labels or Labels()
         self.stages = tuple(stages)
         self.frozen = False
+        self.placed = placed
         self._call = call or call_by_name
         self._save = save
         self._taps: dict[str, torch.utils.hooks.RemovableHandle] = {}
@@ -82,7 +85,13 @@ class Model(nn.Module):
             for name in outputs.features if self.channels_last else ():
                 if name.partition(":")[0] in self.stages and outputs.features[name].ndim == 4:
                     outputs.features[name] = outputs.features[name].movedim(-1, 1)
+        if self.placed:
+            home = next(value.device for value in batch.values() if isinstance(value, Tensor))
+            outputs = map_tensors(outputs, lambda tensor: tensor.to(home))
         return outputs
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Model:
+        return self if self.placed else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def tap(self, *patterns: str) -> list[str]:
         """Read the activations of the modules that match; returns the tap names, to be found in `Outputs.features`.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +62,12 @@ def build(options: TransformersOptions, task: Task) -> Model:
         settings = next(filter(None, (place.image_settings() for place in places)), None) or default_settings(config)
     if head.name == "encoder" and getattr(module, "pooler", None) is not None:
         module.pooler.requires_grad_(False)  # the embedding comes from the tokens: the pooler would get no gradient
-    call = Call(module, head, options.pooling, normaliser(settings or {}), options.attentions)
+    placed = stands_apart(module)
+    call = Call(module, head, options.pooling, normaliser(settings or {}), options.attentions, whole=placed)
     labels = labels_of(config, head, task, vocabulary)
     writer = Writer(module, tokenizer) if head.name == "causal-lm" else None
     return Model(module, call, save=Saver(saved, tokenizer, settings).save, labels=labels, stages=stages_of(module),
-                 writer=writer, tokenizer=tokenizer)  # fmt: skip
+                 writer=writer, tokenizer=tokenizer, placed=placed)  # fmt: skip
 
 
 def _vocabulary(tokenizer: Any, task: Task, head: Head, source: Source | None) -> str | None:
@@ -90,6 +93,8 @@ def build_student(options: TransformersOptions, task: Task) -> Model:
     Raises:
         ModelError: as `build`, and if nothing of it could be trained.
     """
+    if options.device_map:
+        raise ModelError("device_map: a student is on one device, or divided by `train.shard`; leave it out")
     model = build(options, task)
     if options.lora is None and is_quantized(model.module):
         raise ModelError("quantization: quantised weights cannot be trained; add `lora: {merge: false}` to train "
@@ -121,8 +126,8 @@ def load_weights(options: CheckpointOptions, source: Source, config: Any, head: 
     with explained(f"the model {base.where!r}"):
         module, info = getattr(transformers, head.auto).from_pretrained(
             base.where, config=config, revision=base.revision, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **_arguments(options),
-            **quantization(options.quantization, DTYPES[options.dtype]),
+            ignore_mismatched_sizes=True, device_map=options.device_map, offload_folder=options.offload_folder,
+            **_arguments(options), **quantization(options.quantization, DTYPES[options.dtype]),
         )  # fmt: skip
     if is_quantized(module):
         settle(module)
@@ -132,6 +137,11 @@ def load_weights(options: CheckpointOptions, source: Source, config: Any, head: 
         if getattr(options, "lora", None) is None:
             module = with_adapter(module, adapter)
     return module, info
+
+
+def stands_apart(module: Any) -> bool:
+    """Whether a network is divided over several devices, and moves what it is given from one to the next."""
+    return len(set((getattr(module, "hf_device_map", None) or {}).values())) > 1
 
 
 def _compute_again(module: Any, inputs: bool) -> None:
@@ -170,12 +180,25 @@ class Saver:
 
     def save(self, folder: Path) -> None:
         """Write config, safetensors weights, tokenizer and image settings."""
-        self.module.save_pretrained(folder)
+        with _without_bars():
+            self.module.save_pretrained(folder)
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)
         if self.settings is not None:
             text = json.dumps(self.settings, indent=2, sort_keys=True)
             (folder / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Inside, the library draws no progress of its own."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def stages_of(module: nn.Module) -> list[str]:

@@ -29,11 +29,13 @@ class Call:
         pooling: how `encoder` pools.
         normalise: for images.
         attentions: whether the attention maps are given, as `extras["attentions"]`.
+        whole: whether logits are always made by the model, which may stand on several devices.
     """
 
     def __init__(
-        self, module: Any, head: Head, pooling: Literal["mean", "cls"], normalise: Normalise, attentions: bool = False
-    ) -> None:
+        self, module: Any, head: Head, pooling: Literal["mean", "cls"], normalise: Normalise, attentions: bool = False,
+        whole: bool = False,
+    ) -> None:  # fmt: skip
         self.extra = {"output_attentions": True} if attentions else {}
         self.head, self.pooling, self.normalise = head, pooling, normalise
         self.config = module.config
@@ -41,7 +43,7 @@ class Call:
         self.reads = "image" if module.main_input_name == "pixel_values" else "input_ids"
         self.decoder_only = is_decoder_only(module.config)
         self.caught: Tensor | None = None
-        self.apart = head.name == "causal-lm" and last_linear(module) is not None
+        self.apart = head.name == "causal-lm" and last_linear(module) is not None and not whole
         self.packed: bool | None = None
         if head.pooled:
             for layer in module.modules():

@@ -33,6 +33,11 @@ class CheckpointOptions(Options):
     quantization: Literal["int8", "int4"] | None = Field(
         None, description="hold the weights in 8 bits, or in 4 (NF4), by bitsandbytes; a student needs `lora` then"
     )
+    device_map: Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None = Field(
+        None,
+        description="divide a teacher over the devices of one process: by what fits, or by names of modules",
+    )
+    offload_folder: str | None = Field(None, description="where weights lie that `device_map` leaves on the disk")
     attn_implementation: str | None = Field(
         None, description="attention kernel, such as eager, sdpa or flash_attention_2; default: the library's choice"
     )
@@ -42,6 +47,12 @@ class CheckpointOptions(Options):
     def wants_weights(self) -> bool:
         """Whether the weights of `model` are read, and not only its architecture."""
         return True
+
+    @model_validator(mode="after")
+    def _has_room(self) -> CheckpointOptions:
+        if isinstance(self.device_map, dict) and "disk" in self.device_map.values() and self.offload_folder is None:
+            raise ValueError("`device_map` leaves weights on the disk: name an `offload_folder` for them")
+        return self
 
     def downloads(self) -> list[Download]:
         """The model's files on the Hub, unless they are local or in the Hub's cache."""
@@ -120,6 +131,8 @@ class TransformersOptions(CheckpointOptions):
     def _has_a_base(self) -> TransformersOptions:
         fresh = self.checkpoint is None and (self.model is None or not self.pretrained)
         alone = self.lora is not None and not self.lora.merge
+        if fresh and self.device_map:
+            raise ValueError("`device_map` is for weights that are loaded: give `model` or `checkpoint`")
         if fresh and self.quantization:
             raise ValueError("`quantization` is for weights that are loaded: give `model` or `checkpoint`")
         if fresh and alone:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from kd_transformers.adapters import find_adapter
-from kd_transformers.build import load_weights
+from kd_transformers.build import load_weights, stands_apart
 from kd_transformers.configs import check_kernel
 from kd_transformers.heads import HEADS, is_decoder_only
 from kd_transformers.options import TextOptions
@@ -83,7 +83,8 @@ class TransformersText(TextTeacher):
 
     def to(self, device: Any) -> TransformersText:
         """Move the model; returns itself."""
-        self.module.to(device)
+        if not stands_apart(self.module):
+            self.module.to(device)
         return self
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[list[Answer]]:
