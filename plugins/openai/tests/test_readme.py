@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd_openai.options import OpenAIOptions
+from kd_openai.options import LogprobsOptions, OpenAIOptions
+from kdcore.options import CacheOptions
 
+OPTIONS = {"openai": OpenAIOptions, "openai-logprobs": LogprobsOptions}
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -20,8 +22,9 @@ def blocks(language):
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_recipes_are_valid(text):
     teacher = yaml.safe_load(text)["teacher"]
-    assert teacher.pop("use") == "openai"
-    OpenAIOptions.model_validate(teacher)
+    if teacher["use"] == "openai-logprobs":
+        CacheOptions.model_validate(teacher.pop("cache"))
+    OPTIONS[teacher.pop("use")].model_validate(teacher)
 
 
 def test_every_option_is_in_the_table_with_its_default():
