@@ -34,6 +34,13 @@ SIDES: dict[str, Any] = {
     "with the teacher": False,
     "alone": None,
 }
+OF_TEXTS: dict[str, Any] = {
+    "cached, hidden": {"logits": "hidden"},
+    "cached, top-k": {"logits": "top-k", "k": 32},
+    "cached, sampled": {"logits": "sampled"},
+    "with the teacher": False,
+    "alone": None,
+}
 CODECS: dict[str, dict[str, Any] | None] = {
     "with the teacher": None, "all, float32": {"dtype": "float32"}, "all, float16": {},
     "all, bfloat16": {"dtype": "bfloat16"}, "all, int8": {"dtype": "int8"}, "hidden, float16": {"logits": "hidden"},
@@ -60,14 +67,17 @@ def images(size: int = 32) -> DataModule:
     return DataModule({"train": TensorDataset(image, batch["label"])}, Task("classification", num_classes=10))
 
 
-def epoch(side: Any, teacher: Model, student: Model, data: DataModule, folder: str, batch_size: int = 64) -> float:
-    """Seconds of an epoch: the mean of two."""
-    losses = [{"use": "cross-entropy"}] if side is None else [{"use": "cross-entropy"}, {"use": "kd"}]
+def epoch(
+    side: Any, teacher: Model, student: Model, data: DataModule, folder: str,
+    losses: tuple[str, str] = ("cross-entropy", "kd"), batch_size: int = 64,
+) -> float:  # fmt: skip
+    """Seconds of an epoch: the mean of two. Alone, the student has the first loss; otherwise both."""
+    terms = [{"use": loss} for loss in (losses[:1] if side is None else losses)]
     cache = False if side in (None, False) else {"folder": folder, **side}
     steps = 2 * (len(data["train"]) // batch_size)
     with tempfile.TemporaryDirectory() as where:
         result = kdcore.distill(
-            None if side is None else copy.deepcopy(teacher), copy.deepcopy(student), data, "distill", losses=losses,
+            None if side is None else copy.deepcopy(teacher), copy.deepcopy(student), data, "distill", losses=terms,
             run_dir=Path(where) / "run", cache=cache,
             train={"steps": steps, "batch_size": batch_size, "save_every": steps + 1, "eval_every": steps + 1},
         )  # fmt: skip
@@ -89,6 +99,28 @@ def epochs(given: argparse.Namespace, folder: str) -> list[Row]:
         found.append(row(case, "s", in_turn(sides, given.rounds), base="alone"))
         show(found[-1])
     return found
+
+
+def epochs_of_texts(given: argparse.Namespace, folder: str) -> list[Row]:
+    """Two language models."""
+    from kd_demo.options import SentencesOptions
+    from kd_demo.text import sentences
+    from kd_transformers.build import build
+    from kd_transformers.options import TransformersOptions
+
+    case = "an epoch: a Llama of 256 teaches one of 128, 4 layers each"
+    if given.only not in case:
+        return []
+    data = sentences(SentencesOptions(prompt=2, train=640))
+    big, small = (
+        build(TransformersOptions(config={**LLAMA, "hidden_size": width, "intermediate_size": 4 * width,
+                                          "num_hidden_layers": 4}), data.task) for width in (256, 128)
+    )  # fmt: skip
+    losses = ("next-token", "fkl")
+    sides = {n: functools.partial(epoch, side, big, small, data, folder, losses) for n, side in OF_TEXTS.items()}
+    found = row(case, "s", in_turn(sides, given.rounds), base="alone")
+    show(found)
+    return [found]
 
 
 def students(given: argparse.Namespace, folder: str) -> list[Row]:
@@ -126,7 +158,7 @@ def _taught(teacher: str, cache: dict[str, Any] | None, seed: int, folder: str) 
 def main() -> None:
     given = begin(parser(__doc__, rounds=5))
     with tempfile.TemporaryDirectory() as folder:
-        write("cache", [*epochs(given, folder), *students(given, folder)], given)
+        write("cache", [*epochs(given, folder), *epochs_of_texts(given, folder), *students(given, folder)], given)
 
 
 if __name__ == "__main__":

@@ -61,10 +61,12 @@ def endless(batches: DataLoader[Any], steps: int) -> Iterator[Any]:
                 return
 
 
-def by_hand(teacher: Any, student: Any, parts: Parts, batches: DataLoader[Any], steps: int) -> Found:
+def by_hand(
+    teacher: Any, student: Any, parts: Parts, batches: DataLoader[Any], steps: int, fused: bool | None = None
+) -> Found:
     """Plain PyTorch."""
     objective, more = parts(teacher, student)
-    optimizer = torch.optim.AdamW([*student.parameters(), *more], lr=LR)
+    optimizer = torch.optim.AdamW([*student.parameters(), *more], lr=LR, fused=fused)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     teacher.eval().requires_grad_(False)
     student.train()

@@ -3,16 +3,18 @@
     python benchmarks/overhead.py [--rounds 9] [--steps 100] [--only digits] [--threads 1]
 
 All sides train the same student from the same teacher on the same batches with the same terms, optimizer and schedule,
-in turn, in one process: a run of this project (its own account of its loop), a loop by hand, the same loop over
-Accelerate, and for classifiers of images torchdistill's `DistillationBox`. Where a loss has no adapter with random
-weights of its own, the last losses of all sides must agree to 1 %, or there is no result. The networks are a
-digits-sized ResNet and a transformer of the demo plugin, and two SegFormers.
+in turn, in one process: a run of this project (its own account of its loop), a loop by hand with AdamW as torch has it
+and with a fused one, as runs take it, the same loop over Accelerate, and for classifiers of images torchdistill's
+`DistillationBox`. Where a loss has no adapter with random weights of its own, the last losses of all sides must agree
+to 1 %, or there is no result. The networks are a digits-sized ResNet and a transformer of the demo plugin, and two
+SegFormers.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import tempfile
 from collections.abc import Callable
@@ -92,7 +94,8 @@ def sides(subject: Subject, steps: int) -> dict[str, Callable[[], loops.Found]]:
         return models if subject.wrapped else [model.module for model in models]
 
     made: dict[str, Callable[[], loops.Found]] = {"kd": lambda: by_kd(subject, steps)}
-    for name, loop in (("by hand", loops.by_hand), ("Accelerate", loops.by_accelerate)):
+    fused = functools.partial(loops.by_hand, fused=True)
+    for name, loop in (("by hand", loops.by_hand), ("by hand, fused", fused), ("Accelerate", loops.by_accelerate)):
         made[name] = lambda loop=loop: loop(*networks(), subject.parts, loops.loader(subject.data, BATCH), steps)
     if subject.terms:
         made["torchdistill"] = lambda: loops.by_torchdistill(

@@ -196,3 +196,11 @@ def test_what_cannot_be_in_parts_is_told(here):
         on_two("refused.py")
         for rank in (0, 1):
             assert re.search(message, Path(f"said-{kind}-{rank}").read_text())
+
+
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
+def test_what_else_divides_weights_is_refused(kd_process, here, way):
+    done = kd_process("run", "quickstart", "--run-dir", "run", **{f"ACCELERATE_USE_{way}": "true"})
+    assert done.returncode == 2
+    assert f"Accelerate is configured for {way}" in done.stderr
+    assert "train.shard=all" in done.stderr

@@ -14,8 +14,8 @@ from kdcore.checkpoint import own_storage
 from kdcore.data import IGNORE
 from kdcore.losses import Progress, TaskLoss, Weighted, count_units
 from kdcore.models import Outputs
-from kdcore.recipe import ScheduleOptions
-from kdcore.stages import TrainStage
+from kdcore.recipe import OptimizerOptions, ScheduleOptions
+from kdcore.stages import TrainStage, make_optimizer
 from kdcore.training import schedule_factor
 
 
@@ -140,3 +140,17 @@ def test_channels_last_changes_the_layout_while_it_trains_and_nothing_else(manag
         weights.append(student.state_dict())
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_adam_is_fused_unless_it_is_told_not_to_be_or_cannot():
+    layer = nn.Linear(2, 2)
+
+    def fused(parameters, **options):
+        made = make_optimizer(parameters, OptimizerOptions(**options))
+        return [group["fused"] for group in made.param_groups]
+
+    assert fused(layer.parameters()) == [True]
+    assert fused([{"params": layer.parameters()}, {"params": nn.Parameter(torch.ones(1)), "lr": 0.1}]) == [True, True]
+    assert fused(layer.parameters(), fused=False) == [False]
+    assert fused([nn.Parameter(torch.ones(2, dtype=torch.complex64))]) == [False]
+    assert fused(layer.parameters(), name="sgd", lr=0.1) == [None]

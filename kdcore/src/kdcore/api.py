@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -258,6 +259,7 @@ def _leave_processes() -> None:
     """At the end of the program, not of a run: the next run of this program needs the process group again."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        gc.collect()  # what still refers to the group would keep its threads, which may not outlive Python
 
 
 @dataclass(frozen=True)

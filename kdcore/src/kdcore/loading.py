@@ -72,7 +72,7 @@ def _seed(seed: int) -> None:
 
 def named_sample(sample: Any, keys: Sequence[str]) -> dict[str, Any]:
     """A sample by names: a mapping as it is, a tuple with these names for its entries."""
-    return dict(sample) if isinstance(sample, Mapping) else dict(zip(keys, sample, strict=False))
+    return dict(sample) if isinstance(sample, dict | Mapping) else dict(zip(keys, sample, strict=False))
 
 
 @dataclass

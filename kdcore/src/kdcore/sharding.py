@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -56,11 +58,12 @@ def shard(run: Run, stage: TrainStage, teachers: bool) -> TrainStage:
     held = {*divided.modules(), *stay}
     pairs = zip(divided.frozen.values(), stage.frozen.values(), strict=True)
     frozen = {copied: original for copied, original in pairs if copied not in held}
-    mesh = init_device_mesh(run.device.type, (run.accelerator.num_processes,))
+    mesh = _mesh(run.device.type, run.accelerator.num_processes)
     try:
         for copied, original in ((divided, stage), *frozen.items()):
             original.to("cpu")
-            for module in (*_blocks(copied), copied):
+            models = [part for part in copied.modules() if isinstance(part, Model)]  # parts of losses may be read alone
+            for module in (*(block for model in models for block in _blocks(model)), copied):
                 fully_shard(module, mesh=mesh)
     except ValueError as error:  # of a scalar, say
         raise RecipeError(f"train.shard: stage {stage.name!r} cannot be divided: {error}") from error
@@ -71,6 +74,15 @@ def shard(run: Run, stage: TrainStage, teachers: bool) -> TrainStage:
         register_fsdp_forward_method(model, "freeze")
         model.freeze()
     return divided
+
+
+@functools.cache
+def _mesh(device: str, size: int) -> DeviceMesh:
+    """All processes. PyTorch's caches keep it to the end of the program, but the group's threads must end before Python
+    does: one that is still at work then ends the process by a signal."""
+    mesh = init_device_mesh(device, (size,))
+    atexit.register(mesh._pg_registry.clear)
+    return mesh
 
 
 def has(stage: TrainStage, hook: str) -> bool:

@@ -148,6 +148,8 @@ class TextMatching(TrainStage):
         sets: the representative sets `[sets, C, size]`, or `None` for random texts.
     """
 
+    shardable = False
+
     def __init__(self, run: Run, real: RealTexts, options: DiLMOptions, sets: Tensor | None) -> None:
         super().__init__("match")
         self.run, self.real, self.options, o = run, real, options, options

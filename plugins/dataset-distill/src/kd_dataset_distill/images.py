@@ -51,6 +51,8 @@ class Pixels(TrainStage):
         space: the units of the pixels.
     """
 
+    shardable = False
+
     def __init__(self, run: Run, real: RealImages, options: ImageOptions, space: PixelSpace) -> None:
         super().__init__("distil")
         self.run, self.options, self.space = run, options, space
