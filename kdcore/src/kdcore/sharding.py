@@ -51,19 +51,19 @@ def shard(run: Run, stage: TrainStage, teachers: bool) -> TrainStage:
         raise RecipeError("train.shard does not go with train.precision=fp16: take bf16")
     if run.accelerator.num_processes == 1:
         return stage
-    kept = [run, run.method, run.data, run.manager, stage.data]
     stay = [m for m in stage.frozen.values() if not (teachers and isinstance(m, Model) and not m.placed)]
+    for model in (stage, *(m for m in stage.frozen.values() if m not in stay)):
+        model.to("cpu")
+    kept = [run, run.accelerator, run.method, run.data, run.manager, stage.data]
     kept += [part for model in stay for part in model.modules()]
     divided = copy.deepcopy(stage, {id(x): x for x in kept})
-    held = {*divided.modules(), *stay}
-    pairs = zip(divided.frozen.values(), stage.frozen.values(), strict=True)
-    frozen = {copied: original for copied, original in pairs if copied not in held}
+    held = {*stay, *divided.modules()}
+    frozen = [model for model in dict.fromkeys(divided.frozen.values()) if model not in held]
     mesh = _mesh(run.device.type, run.accelerator.num_processes)
     try:
-        for copied, original in ((divided, stage), *frozen.items()):
-            original.to("cpu")
-            models = [part for part in copied.modules() if isinstance(part, Model)]  # parts of losses may be read alone
-            for module in (*(block for model in models for block in _blocks(model)), copied):
+        for root in (divided, *frozen):
+            models = [part for part in root.modules() if isinstance(part, Model)]  # parts of losses may be read alone
+            for module in (*dict.fromkeys(block for model in models for block in _blocks(model)), root):
                 fully_shard(module, mesh=mesh)
     except ValueError as error:  # of a scalar, say
         raise RecipeError(f"train.shard: stage {stage.name!r} cannot be divided: {error}") from error
