@@ -16,7 +16,7 @@ from kdcore.errors import ComponentError, Interrupted, ModelError, RecipeError
 from kdcore.testing.conformance import assert_same_students, cut_recipe, effect
 
 GAINED = 0.0097
-"""What the quickstart gained over its ablation with the seeds 0 and 1, in accuracy."""
+"""What the quickstart gained over its ablation with the seeds 0 to 5, in accuracy: from -0.006 to 0.031 by seed."""
 
 
 RESNETS = {"use": "cifar-resnet", "arch": "1-1", "width": 8, "choices": [1, 2]}
@@ -115,4 +115,4 @@ def test_other_proxies_scales_and_spaces(changes, student, tmp_path):
 
 
 def test_the_search_beats_the_first_architecture_drawn(tmp_path):
-    assert effect("diswot", tmp_path, seeds=(0, 1)) > GAINED / 2
+    assert effect("diswot", tmp_path, seeds=range(6)) > GAINED / 2
