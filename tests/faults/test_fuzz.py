@@ -160,7 +160,9 @@ def change(draw: st.DrawFn, tree: dict[str, Any], path: KeyPath) -> tuple[str, K
         if way == "add":
             holder[last] = draw(retyped("x"))
         else:
+            lost = last in holder  # two of a name: in a mapping the first is gone
             rename(holder, path[-1], last)
+            last = path[-1] if lost else last
     now = holder.get(last) if isinstance(holder, dict) else holder
     return f"{way} {path}: {last!r} is {brief(now)}", (*path[:-1], last)
 
