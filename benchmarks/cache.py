@@ -103,24 +103,28 @@ def epochs(given: argparse.Namespace, folder: str) -> list[Row]:
 
 def epochs_of_texts(given: argparse.Namespace, folder: str) -> list[Row]:
     """Two language models."""
-    from kd_demo.options import SentencesOptions
-    from kd_demo.text import sentences
-    from kd_transformers.build import build
-    from kd_transformers.options import TransformersOptions
-
     case = "an epoch: a Llama of 256 teaches one of 128, 4 layers each"
     if given.only not in case:
         return []
-    data = sentences(SentencesOptions(prompt=2, train=640))
-    big, small = (
-        build(TransformersOptions(config={**LLAMA, "hidden_size": width, "intermediate_size": 4 * width,
-                                          "num_hidden_layers": 4}), data.task) for width in (256, 128)
-    )  # fmt: skip
+    data, big, small = llamas(640)
     losses = ("next-token", "fkl")
     sides = {n: functools.partial(epoch, side, big, small, data, folder, losses) for n, side in OF_TEXTS.items()}
     found = row(case, "s", in_turn(sides, given.rounds), base="alone")
     show(found)
     return [found]
+
+
+def llamas(texts: int) -> tuple[DataModule, Model, Model]:
+    """So many generated texts, and two language models with fresh weights."""
+    from kd_demo.options import SentencesOptions
+    from kd_demo.text import sentences
+    from kd_transformers.build import build
+    from kd_transformers.options import TransformersOptions
+
+    data = sentences(SentencesOptions(prompt=2, train=texts))
+    sizes = ({"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4} for width in (256, 128))
+    big, small = (build(TransformersOptions(config={**LLAMA, **size}), data.task) for size in sizes)
+    return data, big, small
 
 
 def students(given: argparse.Namespace, folder: str) -> list[Row]:

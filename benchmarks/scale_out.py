@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import loops
 import measure
 import torch
 from torch import distributed
@@ -30,8 +31,6 @@ from kdcore import DataModule, Model
 from kdcore.models import Batch
 
 BATCH = 64
-LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4, "bos_token_id": 2,
-         "eos_token_id": 3, "pad_token_id": 0}  # fmt: skip
 Case = tuple[DataModule, Model, Model, list[str], int]
 """Data, teacher, student, losses, and the share of the steps that are taken: slow cases take fewer."""
 
@@ -58,17 +57,9 @@ def images() -> Case:
 
 def texts() -> Case:
     """A step of half a second."""
-    from kd_demo.options import SentencesOptions
-    from kd_demo.text import sentences
-    from kd_transformers.build import build
-    from kd_transformers.options import TransformersOptions
+    from cache import llamas
 
-    data = sentences(SentencesOptions(prompt=2))
-    big, student = (
-        build(TransformersOptions(config={**LLAMA, "hidden_size": width, "intermediate_size": 4 * width,
-                                          "num_hidden_layers": 4}), data.task) for width in (256, 128)
-    )  # fmt: skip
-    return data, big, student, ["fkl"], 2
+    return *llamas(1000), ["fkl"], 2
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -104,7 +95,8 @@ def by_hand(case: Case, steps: int) -> float:
     sampler = DistributedSampler(data["train"], world, distributed.get_rank() if world > 1 else 0, seed=0)
     loader = DataLoader(data["train"], BATCH // world, sampler=sampler, drop_last=True, collate_fn=data.collate)
     start = time.perf_counter()
-    for batch in endless(loader, steps):
+    for found in loops.endless(loader, steps):
+        batch = found if isinstance(found, dict) else dict(zip(("image", "label"), found, strict=True))
         with torch.no_grad():
             theirs = teacher(batch).logits
         ours = module(batch).logits
@@ -127,16 +119,6 @@ def objective(ours: Any, theirs: Any, batch: Batch, losses: list[str]) -> Any:
         )
     soft = F.kl_div((ours / 4).log_softmax(1), (theirs / 4).softmax(1), reduction="batchmean") * 16
     return F.cross_entropy(ours, batch["label"]) + soft
-
-
-def endless(loader: DataLoader[Any], steps: int) -> Iterator[Any]:
-    left = iter(loader)
-    for _ in range(steps):
-        batch = next(left, None)
-        if batch is None:
-            left = iter(loader)
-            batch = next(left)
-        yield dict(zip(("image", "label"), batch, strict=True)) if isinstance(batch, list | tuple) else batch
 
 
 SIDES = {"kd": by_kd, "by hand": by_hand}

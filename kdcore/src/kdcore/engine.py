@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kdcore import checkpoint, sharding
-from kdcore.checkpoint import own_storage
 from kdcore.data import derive_seed, to_device
 from kdcore.errors import DataError, Interrupted, RecipeError
 from kdcore.evaluation import evaluate, lay_out, prepare
@@ -51,7 +50,7 @@ def write(stage: TrainStage, artifact: Path) -> None:
     """Write what a stage trained, and its exports in their native formats."""
     from safetensors.torch import save_model
 
-    own_storage(stage)
+    checkpoint.own_storage(stage)
     save_model(stage, str(artifact / "stage.safetensors"))
     for name, model in stage.exports.items():
         model.save(artifact / name)
@@ -376,7 +375,7 @@ class _Trainer:
 
     def _save(self) -> None:
         self._check()
-        own_storage(self.stage)
+        checkpoint.own_storage(self.stage)
         facts = {"metrics": self.stage.metrics, "skipped": self.skipped}
         path = checkpoint.save(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints, facts,
                                self.run.resolved.fingerprint, self.divided)  # fmt: skip

@@ -145,7 +145,7 @@ def check_reached(stage: TrainStage) -> None:
     if not (any(trained.values()) if unused else all(trained.values())):
         name = next(name for name, reached in trained.items() if not reached)
         raise RecipeError(f"stage {stage.name!r}: no gradient reached {name!r} of its copy, which works on with the "
-                          f"original model and cannot be divided: leave `train.shard` out")  # fmt: skip
+                          "original model and cannot be divided: leave `train.shard` out")  # fmt: skip
 
 
 def local(tensor: Tensor) -> Tensor:

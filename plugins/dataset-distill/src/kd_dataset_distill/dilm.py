@@ -6,7 +6,7 @@ Source: Maekawa et al. 2024, "DiLM: Distilling Dataset into Language Model for T
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -31,10 +31,10 @@ from kd_dataset_distill.generator import Text
 from kd_dataset_distill.networks import Held, architectures, draw
 from kd_dataset_distill.options import DiLMOptions
 from kd_dataset_distill.real import by_class, class_rows
-from kd_dataset_distill.texts import Seen, learner_batch, read_texts
+from kd_dataset_distill.texts import Seen, as_columns, learner_batch, nearest, read_texts
 from kdcore import FitStage, Method, Model, Roles, Run, Stage, TrainStage
 from kdcore.data import DataModule, Task, derive_seed, to_device
-from kdcore.errors import ModelError, RunFailed
+from kdcore.errors import ModelError
 from kdcore.models import Batch
 
 GRADIENT_NORM = 1.0
@@ -366,39 +366,3 @@ def written(run: Run, real: RealTexts, options: DiLMOptions) -> dict[str, Any]:
         texts = [text for row in ids.tolist() if (text := generator.text(row, real.paired)) and seen.new(text)]
         found += [(text, label) for text in nearest(run, learner, texts, label, options.ipc)]
     return as_columns(found)
-
-
-def nearest(run: Run, learner: Model, texts: list[Text], label: int, count: int) -> list[Text]:
-    """The texts nearest to k-means centres of their embeddings. Raises `RunFailed` if there are not so many."""
-    if len(texts) < count:
-        name = run.data.task.classes[label] if run.data.task.classes else label
-        raise RunFailed(
-            f"only {len(texts)} different texts of the class {name!r} can be used, and method.ipc asks for {count}; "
-            "raise method.over_generate, or train the generator longer"
-        )
-    if len(texts) == count:
-        return texts
-    learner.to(run.device).eval()
-    with torch.no_grad():
-        points = torch.cat(
-            [
-                learner(to_device(learner_batch(run.data, part, [label] * len(part)), run.device))
-                .need("embedding")
-                .float()
-                .cpu()
-                for part in _parts(texts)
-            ]
-        )
-    return [texts[i] for i in k_centers(points, count, run.seed).tolist()]
-
-
-def as_columns(found: list[tuple[Text, int]]) -> dict[str, Any]:
-    """Texts with labels as columns; `text_pair` where they are pairs."""
-    columns: dict[str, Any] = {"text": [text for (text, _), _ in found], "label": [label for _, label in found]}
-    if found and found[0][0][1] is not None:
-        columns["text_pair"] = [pair for (_, pair), _ in found]
-    return columns
-
-
-def _parts(texts: list[Text], size: int = 256) -> Iterator[list[Text]]:
-    return (texts[i : i + size] for i in range(0, len(texts), size))

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from kd_dataset_distill.artifact import WriteData
-from kd_dataset_distill.dilm import as_columns, nearest
 from kd_dataset_distill.evaluation import train_networks
 from kd_dataset_distill.generator import Text
 from kd_dataset_distill.networks import architectures, draw
 from kd_dataset_distill.options import SynthesizeOptions
 from kd_dataset_distill.real import class_rows
-from kd_dataset_distill.texts import Seen, learner_batch, read_text
+from kd_dataset_distill.texts import Seen, as_columns, learner_batch, nearest, read_text
 from kdcore import Method, Roles, Run, Stage
 from kdcore.data import derive_seed, to_device
 from kdcore.errors import DataError, RecipeError, RunFailed

@@ -1,17 +1,19 @@
-"""Real texts: read from the data, compared, and put into batches for a learner."""
+"""Texts: read from the data, compared, put into batches for a learner, and chosen by what it says of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd_dataset_distill.artifact import encode
+from kd_dataset_distill.functional import k_centers
 from kd_dataset_distill.generator import Text
-from kdcore import DataModule
-from kdcore.errors import DataError
+from kdcore import DataModule, Model, Run
+from kdcore.data import to_device
+from kdcore.errors import DataError, RunFailed
 from kdcore.models import Batch
 
 
@@ -71,3 +73,39 @@ def _key(text: Text) -> tuple[str, ...]:
 def _decode(tokenizer: Any, ids: Tensor) -> str:
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True) if callable(tokenizer) else
                tokenizer.decode(ids.tolist()))  # fmt: skip
+
+
+def nearest(run: Run, learner: Model, texts: list[Text], label: int, count: int) -> list[Text]:
+    """The texts nearest to k-means centres of their embeddings. Raises `RunFailed` if there are not so many."""
+    if len(texts) < count:
+        name = run.data.task.classes[label] if run.data.task.classes else label
+        raise RunFailed(
+            f"only {len(texts)} different texts of the class {name!r} can be used, and method.ipc asks for {count}; "
+            "raise method.over_generate, or train the generator longer"
+        )
+    if len(texts) == count:
+        return texts
+    learner.to(run.device).eval()
+    with torch.no_grad():
+        points = torch.cat(
+            [
+                learner(to_device(learner_batch(run.data, part, [label] * len(part)), run.device))
+                .need("embedding")
+                .float()
+                .cpu()
+                for part in _parts(texts)
+            ]
+        )
+    return [texts[i] for i in k_centers(points, count, run.seed).tolist()]
+
+
+def as_columns(found: list[tuple[Text, int]]) -> dict[str, Any]:
+    """Texts with labels as columns; `text_pair` where they are pairs."""
+    columns: dict[str, Any] = {"text": [text for (text, _), _ in found], "label": [label for _, label in found]}
+    if found and found[0][0][1] is not None:
+        columns["text_pair"] = [pair for (_, pair), _ in found]
+    return columns
+
+
+def _parts(texts: list[Text], size: int = 256) -> Iterator[list[Text]]:
+    return (texts[i : i + size] for i in range(0, len(texts), size))
