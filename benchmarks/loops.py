@@ -161,10 +161,15 @@ def kd_by_hand(teacher: nn.Module, student: nn.Module) -> tuple[Objective, list[
 
     def objective(batch: Batch) -> Tensor:
         with torch.no_grad():
-            theirs = teacher(batch["image"])["logits"]
-        return soft(student(batch["image"])["logits"], theirs, batch["label"])
+            theirs = _logits(teacher(batch["image"]))
+        return soft(_logits(student(batch["image"])), theirs, batch["label"])
 
     return objective, []
+
+
+def _logits(found: Any) -> Tensor:
+    """Of a network that gives them alone, or by name."""
+    return found if isinstance(found, Tensor) else found["logits"]
 
 
 def text_kd_by_hand(teacher: nn.Module, student: nn.Module) -> tuple[Objective, list[nn.Parameter]]:
