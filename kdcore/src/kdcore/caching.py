@@ -24,7 +24,7 @@ from kdcore.data import DataModule, to_device
 from kdcore.encoding import Encoded, Encoder
 from kdcore.errors import DataError, Interrupted, RecipeError, RunFailed, RunFolderError
 from kdcore.folder import disk_problem
-from kdcore.loading import Collate, Keyed, named_sample, seeded
+from kdcore.loading import Collate, Drawn, Keyed, named_sample, seeded
 from kdcore.models import Batch, Model
 from kdcore.options import CacheOptions
 from kdcore.stages import Stage
@@ -288,9 +288,9 @@ class _Noting:
 
     collate: Collate
 
-    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
-        digests = [sample_digest(sample) for sample in samples]
-        return {**self.collate(samples), DIGEST: digests}
+    def __call__(self, drawn: list[Drawn]) -> Batch:
+        digests = [sample_digest(one.sample) for one in drawn]
+        return {**self.collate(drawn), DIGEST: digests}
 
 
 def _size(count: float) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ IGNORE = -100
 TARGET_KEYS = ("label", "mask", "labels")
 
 HELD = "held"
-"""Key of a sample for what a teacher cache holds of it. It comes into no batch."""
+"""Key of a split's sample for what a teacher cache holds of it. It comes into no batch."""
 
 
 class Held(Protocol):
@@ -37,6 +37,14 @@ class Held(Protocol):
 
     def read(self, held: Sequence[Any], samples: Sequence[Mapping[str, Any]]) -> Callable[[Batch], Batch]:
         """Read what is held of samples before they are collated; the entries that it makes of their batch."""
+
+
+class Drawn(NamedTuple):
+    """A sample as it goes into a batch, its place in the split, and what caches hold of it."""
+
+    sample: dict[str, Any]
+    place: int
+    held: Held | None
 
 
 def derive_seed(*parts: object) -> int:
@@ -72,7 +80,8 @@ def _seed(seed: int) -> None:
 
 def named_sample(sample: Any, keys: Sequence[str]) -> dict[str, Any]:
     """A sample by names: a mapping as it is, a tuple with these names for its entries."""
-    return dict(sample) if isinstance(sample, dict | Mapping) else dict(zip(keys, sample, strict=False))
+    named = type(sample) is dict or isinstance(sample, Mapping)
+    return dict(sample) if named else dict(zip(keys, sample, strict=False))
 
 
 @dataclass
@@ -83,10 +92,10 @@ class Collate:
     split: str
     classes: int | None
 
-    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
+    def __call__(self, drawn: list[Drawn]) -> Batch:
         """The batch of some samples."""
-        index = torch.tensor([sample.pop("index") for sample in samples])
-        held = [sample.pop(HELD, None) for sample in samples]
+        samples, places, held = (list(column) for column in zip(*drawn, strict=True))
+        index = torch.tensor(places)
         entries = held[0].read(held, samples) if all(held) else None
         try:
             batch = self.collate(samples)
@@ -100,7 +109,7 @@ class Collate:
     def _check(self, key: str, target: Tensor, index: Tensor, classes: int) -> None:
         """Refuse classes that there are not: a loss would fail on them, or on an accelerator end the process."""
         low, high = target.aminmax()
-        if low >= 0 and high < classes:
+        if int(low) >= 0 and int(high) < classes:
             return
         wrong = (target >= classes) | ((target < 0) & (target != IGNORE))
         if wrong.any():
@@ -116,31 +125,29 @@ def read_many(split: Any, indices: list[int]) -> list[Any]:
     return list(at_once(indices)) if at_once else [split[index] for index in indices]
 
 
-class Keyed(Dataset[dict[str, Any]]):
+class Keyed(Dataset[Drawn]):
     """Samples by (epoch, index), augmented under generators seeded by (seed, epoch, index)."""
 
     def __init__(self, split: Any, keys: tuple[str, ...], seed: object, augment: Callable[[Any], Any] | None) -> None:
         self.split, self.keys, self.seed, self.augment = split, keys, seed, augment
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Drawn]:
         samples = read_many(self.split, [index for _, index in keys])
         return self.finish([(sample, *key) for sample, key in zip(samples, keys, strict=True)])
 
-    def finish(self, found: Sequence[tuple[Any, int, int]]) -> list[dict[str, Any]]:
-        """Samples of the split by (sample, epoch, index): augmented, with their indices."""
+    def finish(self, found: Sequence[tuple[Any, int, int]]) -> list[Drawn]:
+        """Samples of the split by (sample, epoch, index): augmented where they are to be."""
         with _restored() if self.augment is not None else contextlib.nullcontext():
             return [self._finish(*one) for one in found]
 
-    def _finish(self, sample: Any, epoch: int, index: int) -> dict[str, Any]:
+    def _finish(self, sample: Any, epoch: int, index: int) -> Drawn:
         sample = named_sample(sample, self.keys)
         held: Held | None = sample.pop(HELD, None)
         if self.augment is not None:
             replayed = held.seed(epoch) if held else None
             _seed(derive_seed(self.seed, epoch, index) if replayed is None else replayed)
-            sample = self.augment(sample)
-        if held:
-            sample[HELD] = held.at(None if self.augment is None else epoch)
-        return {**sample, "index": index}
+            sample = dict(self.augment(sample))
+        return Drawn(sample, index, held.at(None if self.augment is None else epoch) if held else None)
 
 
 class Steps(Sampler[list[tuple[int, int]]]):

@@ -265,8 +265,16 @@ class Model(nn.Module):
 
 def call_by_name(module: nn.Module, batch: Batch) -> Any:
     """Call a module with the batch entries that its `forward` names, or else with the batch's first entry."""
-    names = [p for p in inspect.signature(module.forward).parameters if p in batch and p not in ("label", "labels")]
+    of_class = getattr(module.forward, "__func__", None) is getattr(type(module), "forward", None)
+    takes = _parameters(type(module).forward) if of_class else inspect.signature(module.forward).parameters
+    names = [p for p in takes if p in batch and p not in ("label", "labels")]
     return module(**{name: batch[name] for name in names}) if names else module(next(iter(batch.values())))
+
+
+@functools.lru_cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters of a class's function, which Python takes a while to find out in each step."""
+    return tuple(inspect.signature(forward).parameters)
 
 
 def as_outputs(value: Any) -> Outputs:
