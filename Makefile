@@ -6,7 +6,7 @@ MEMBERS := kdcore cli $(sort $(wildcard plugins/*))
 WORKERS ?= 2
 STAMP := .venv/.ready
 BENCH := .venv-bench
-AREAS := startup overhead encoders language_models layout cache divergences scale_out data_path growth
+AREAS := startup overhead encoders language_models layout options cache divergences scale_out data_path growth
 
 .PHONY: env quickstart test faults lint types docs bench clean
 

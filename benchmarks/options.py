@@ -73,14 +73,14 @@ def images(big: str, small: str, side: int, _: Options) -> Made:
     return *(Model(timm.create_model(name, num_classes=CLASSES)) for name in (big, small)), data  # type: ignore[return-value]
 
 
-def texts(given: Options) -> Made:
-    """Two Llamas on random tokens."""
+def texts(widths: tuple[int, int], given: Options) -> Made:
+    """Two Llamas of four layers on random tokens."""
     ids = torch.randint(3, TOKENS, (64, LENGTH), generator=torch.Generator().manual_seed(0))
     data = DataModule({"train": Columns(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)},
                       Task("causal-lm", num_classes=TOKENS))  # fmt: skip
     models = []
-    for role, width, layers in (("teacher", 512, 8), ("student", 256, 8)):
-        config = {**LLAMA, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    for role, width in zip(("teacher", "student"), widths, strict=True):
+        config = {**LLAMA, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4}
         models.append(build(TransformersOptions(config=config, **given.get(role, {})), data.task))
     return *models, data  # type: ignore[return-value]
 
@@ -89,6 +89,7 @@ RESNETS, MOBILENETS = (
     functools.partial(images, *names)
     for names in (("resnet34", "resnet18", 32), ("mobilenetv3_large_100", "mobilenetv3_small_100", 64))
 )
+LLAMAS, LARGE_TEACHER = (functools.partial(texts, widths) for widths in ((384, 256), (1024, 128)))
 OF_TEXTS: dict[str, Any] = {"losses": ("next-token", "fkl"), "batch": 16}
 BF16 = {"train": {"precision": "bf16"}}
 CASES = [
@@ -96,12 +97,14 @@ CASES = [
     Case("channels_last, ResNet", RESNETS, {"train": {"channels_last": True}}, {}),
     Case("channels_last, MobileNetV3", MOBILENETS, {"train": {"channels_last": True}}, {}),
     Case("compile, ResNet", RESNETS, {"train": {"compile": True}}, {}),
-    Case("compile, Llama", texts, {"train": {"compile": True}}, {}, **OF_TEXTS),
+    Case("compile, Llama", LLAMAS, {"train": {"compile": True}}, {}, **OF_TEXTS),
     Case("precision bf16, ResNet", RESNETS, BF16, {}),
-    Case("precision bf16, Llama", texts, BF16, {}, **OF_TEXTS),
-    Case("grad_accumulation 4, Llama", texts, {"train": {"grad_accumulation": 4}}, {}, **OF_TEXTS),
-    Case("gradient_checkpointing, Llama", texts, {"student": {"gradient_checkpointing": True}}, {}, **OF_TEXTS),
-    Case("dtype bf16 of the teacher, Llama", texts, {"teacher": {"dtype": "bf16"}}, {}, **OF_TEXTS),
+    Case("precision bf16, Llama", LLAMAS, BF16, {}, **OF_TEXTS),
+    Case("grad_accumulation 4, Llama", LLAMAS, {"train": {"grad_accumulation": 4}}, {}, **OF_TEXTS),
+    Case("gradient_checkpointing, Llama", LLAMAS, {"student": {"gradient_checkpointing": True}}, {}, **OF_TEXTS),
+    Case(
+        "dtype bf16 of the teacher, Llama", LARGE_TEACHER, {"teacher": {"dtype": "bf16"}}, {}, ("next-token", "fkl"), 4
+    ),
 ]
 
 
