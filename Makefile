@@ -49,7 +49,7 @@ $(BENCH)/.ready: pyproject.toml $(addsuffix /pyproject.toml,$(MEMBERS)) .ci/torc
 	touch $@
 
 bench: $(BENCH)/.ready
-	set -e; for area in $(AREAS); do OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/$$area.py; done
+	set -e; for area in $(AREAS); do OMP_NUM_THREADS=1 $(BENCH)/bin/python benchmarks/$$area.py $(ARGS); done
 	$(BENCH)/bin/python benchmarks/page.py
 
 clean:

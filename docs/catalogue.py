@@ -139,8 +139,7 @@ def _section(info: PluginInfo, component: Component) -> str:
 def _reference(paper: Paper | None) -> str:
     if paper is None:
         return ""
-    first = paper.authors.split(",")[0].split(" and ")[0].split()[-1]
-    return _linked(paper, f"{first} {paper.year}")
+    return _linked(paper, f"{paper.first_author} {paper.year}")
 
 
 def _linked(paper: Paper, text: str) -> str:

@@ -113,3 +113,5 @@ def test_papers_cite_themselves():
     paper = Paper("Deep Things", "Ada Lovelace, Alan Turing", "NeurIPS", 2020, "2001.00001")
     assert paper.citation == "Ada Lovelace, Alan Turing. Deep Things. NeurIPS, 2020, arXiv:2001.00001."
     assert paper.bibtex.startswith("@inproceedings{lovelace2020deep,")
+    many = Paper("Deep Things", "Ada Lovelace et al.", "NeurIPS", 2020)
+    assert (many.first_author, "author = {Ada Lovelace and others}" in many.bibtex) == ("Lovelace", True)

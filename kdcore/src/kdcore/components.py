@@ -22,7 +22,7 @@ class Paper:
 
     Args:
         title, venue, year: as they stand in the paper's own citation.
-        authors: their names, separated by commas.
+        authors: their names, separated by commas; `et al.` at the end for those left out.
         arxiv: the arXiv number, if there is one.
         url: any further address, such as that of the official code.
     """
@@ -41,19 +41,23 @@ class Paper:
         return f"{self.authors}. {self.title}. {self.venue}, {self.year}{where}."
 
     @property
+    def first_author(self) -> str:
+        """The first author's family name."""
+        return re.split(r",| and | et al", self.authors)[0].split()[-1]
+
+    @property
     def bibtex(self) -> str:
         """The paper as a BibTeX entry."""
-        author = re.split(r",| and | et al", self.authors)[0].split()[-1].lower()
         word = re.findall(r"[a-z0-9]+", self.title.lower())[0]
         fields = {
             "title": self.title,
-            "author": " and ".join(self.authors.split(", ")),
+            "author": " and ".join(self.authors.replace(" et al.", ", others").split(", ")),
             "booktitle": self.venue,
             "year": str(self.year),
         }
         fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"} if self.arxiv else {}
         body = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
-        return f"@inproceedings{{{author}{self.year}{word},\n{body}\n}}"
+        return f"@inproceedings{{{self.first_author.lower()}{self.year}{word},\n{body}\n}}"
 
 
 @dataclass(frozen=True)
