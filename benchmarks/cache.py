@@ -2,9 +2,10 @@
 
     python benchmarks/cache.py [--rounds 5]
 
-The same student is trained alone, with its teacher, and with caches of it, in turn; the ratio of a cached epoch to one
-alone should be at most 1.05. Then a small language model is taught from every codec and from the k largest of 4 to 64
-logits, three seeds each: bytes of a token, perplexity, and the error that the cache itself states.
+The same student is trained alone, with its teacher, and with caches of it, in turn, each time in a process of its own
+whose heap keeps what is freed; the ratio of a cached epoch to one alone should be at most 1.05. Then a small language
+model is taught from every codec and from the k largest of 4 to 64 logits, three seeds each: bytes of a token,
+perplexity, and the error that the cache itself states.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import Row, begin, in_turn, parser, row, show, write
+from measure import Row, begin, forked, in_turn, keep_heap, parser, row, show, write
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -95,7 +96,7 @@ def epochs(given: argparse.Namespace, folder: str) -> list[Row]:
         if given.only not in case:
             continue
         models = [Model(timm.create_model(name, num_classes=10)) for name in (big, small)]
-        sides = {name: functools.partial(epoch, side, *models, data, folder) for name, side in SIDES.items()}
+        sides = {name: functools.partial(forked, epoch, side, *models, data, folder) for name, side in SIDES.items()}
         found.append(row(case, "s", in_turn(sides, given.rounds), base="alone"))
         show(found[-1])
     return found
@@ -108,7 +109,8 @@ def epochs_of_texts(given: argparse.Namespace, folder: str) -> list[Row]:
         return []
     data, big, small = llamas(640)
     losses = ("next-token", "fkl")
-    sides = {n: functools.partial(epoch, side, big, small, data, folder, losses) for n, side in OF_TEXTS.items()}
+    given_to_all = (big, small, data, folder, losses)
+    sides = {name: functools.partial(forked, epoch, side, *given_to_all) for name, side in OF_TEXTS.items()}
     found = row(case, "s", in_turn(sides, given.rounds), base="alone")
     show(found)
     return [found]
@@ -161,6 +163,7 @@ def _taught(teacher: str, cache: dict[str, Any] | None, seed: int, folder: str) 
 
 def main() -> None:
     given = begin(parser(__doc__, rounds=5))
+    keep_heap()
     with tempfile.TemporaryDirectory() as folder:
         write("cache", [*epochs(given, folder), *epochs_of_texts(given, folder), *students(given, folder)], given)
 
