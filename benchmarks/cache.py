@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import Row, begin, forked, in_turn, keep_heap, parser, row, show, write
+from measure import Row, begin, forked, in_turn, keep_heap, last_terms, parser, row, show, write
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -151,9 +151,8 @@ def _taught(teacher: str, cache: dict[str, Any] | None, seed: int, folder: str) 
               "teacher": {**LARGE, "checkpoint": teacher, **more}}  # fmt: skip
     with tempfile.TemporaryDirectory() as where:
         result = kdcore.run(recipe, run_dir=Path(where) / "run")
-        rows = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
-    terms = [r["terms"]["fkl"] for r in rows if "terms" in r]
-    facts: dict[str, Any] = {"last term": round(terms[-1], 4)}
+        term = last_terms(result.path)["fkl"]
+    facts: dict[str, Any] = {"last term": round(term, 4)}
     if cache is not None:
         path = kdcore.fill_cache(recipe)["teacher"]
         held = read_facts(path)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from kdcore import DataModule
+from kd_demo.columns import Columns
+from kdcore import DataModule, Task
 from kdcore.models import Batch
 
 LR = 1e-3
@@ -30,6 +31,14 @@ Found = tuple[float, float]
 def order(size: int) -> Callable[[int], list[int]]:
     """Epoch -> indices: the same on all sides, so that they see the same batches."""
     return lambda epoch: torch.randperm(size, generator=torch.Generator().manual_seed(epoch)).tolist()
+
+
+def random_pictures(count: int, side: int, classes: int) -> DataModule:
+    """So many squares of noise in three channels, with labels at random."""
+    made = torch.Generator().manual_seed(0)
+    found = Columns(image=torch.rand(count, 3, side, side, generator=made),
+                    label=torch.randint(0, classes, (count,), generator=made))  # fmt: skip
+    return DataModule({"train": found}, Task("classification", num_classes=classes, image=(3, side, side)))
 
 
 class Epochs(Sampler[int]):

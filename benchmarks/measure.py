@@ -94,6 +94,13 @@ def reset_peak() -> int:
     return peak()
 
 
+def last_terms(run: Path) -> dict[str, float]:
+    """The terms of a run's last logged step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, float] = next(row["terms"] for row in reversed(rows) if "terms" in row)
+    return found
+
+
 def keep_heap() -> None:
     """Have glibc keep what is freed: what it gives back to the system, and gets again with the next step, depends on
     what happens to lie at the heap's end, and is worth 5 % of a step on either side."""

@@ -10,7 +10,6 @@ peak). The last losses say how far an option changes what is computed.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import loops
 import measure
 import timm
 import torch
@@ -66,10 +66,7 @@ class Clock:
 
 def images(big: str, small: str, side: int, _: Options) -> Made:
     """Two networks of timm on random pictures."""
-    made = torch.Generator().manual_seed(0)
-    pictures = Columns(image=torch.rand(256, 3, side, side, generator=made),
-                       label=torch.randint(0, CLASSES, (256,), generator=made))  # fmt: skip
-    data = DataModule({"train": pictures}, Task("classification", num_classes=CLASSES, image=(3, side, side)))
+    data = loops.random_pictures(256, side, CLASSES)
     return *(Model(timm.create_model(name, num_classes=CLASSES)) for name in (big, small)), data  # type: ignore[return-value]
 
 
@@ -121,10 +118,9 @@ def run(case: Case, given: Options, steps: int) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = kdcore.distill(teacher, student, data, "distill", losses=[{"use": name} for name in case.losses],
                               train=train, run_dir=Path(folder) / "run", plugins=manager).path  # fmt: skip
-        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        loss = sum(measure.last_terms(path).values())
     each = [after - start for start, after in zip(clock.times[WARM:], clock.times[WARM + 1 :], strict=False)]
     rise = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else measure.peak() - before
-    loss = sum(next(row["terms"] for row in reversed(rows) if "terms" in row).values())
     return 1e3 * statistics.median(each), float(rise), loss
 
 

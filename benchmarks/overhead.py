@@ -29,13 +29,12 @@ import torch
 from torch import Tensor, nn
 
 import kdcore
-from kd_demo.columns import Columns
 from kd_demo.digits import digits
 from kd_demo.models import cnn, transformer
 from kd_demo.options import CNNOptions, DigitsOptions, ShapesOptions, TopicsOptions, TransformerOptions
 from kd_demo.shapes import shapes
 from kd_demo.text import topics
-from kdcore import DataModule, Model, Task
+from kdcore import DataModule, Model
 from kdcore.losses import TaskLoss
 from kdcore.models import Batch
 
@@ -85,9 +84,8 @@ def by_kd(subject: Subject, steps: int) -> loops.Found:
         path = kdcore.distill(teacher, student, only_train, subject.method, losses=subject.losses, train=train,
                               run_dir=Path(folder) / "run").path  # fmt: skip
         timing = json.loads((path / "run.json").read_text())["timings"]["distill"]
-        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    terms = next(row["terms"] for row in reversed(rows) if "terms" in row)
-    return timing["seconds"] / timing["steps"], sum(terms.values())
+        loss = sum(measure.last_terms(path).values())
+    return timing["seconds"] / timing["steps"], loss
 
 
 def sides(subject: Subject, steps: int) -> dict[str, Callable[[], loops.Found]]:
@@ -121,12 +119,9 @@ def images() -> list[Subject]:
     ]  # fmt: skip
 
 
-def photographs() -> list[Subject]:
+def pictures() -> list[Subject]:
     """A ResNet-34 and a ResNet-18 on random pictures of CIFAR's size: a student of 11 million parameters."""
-    made = torch.Generator().manual_seed(0)
-    pictures = Columns(image=torch.rand(640, 3, 32, 32, generator=made),
-                       label=torch.randint(0, 100, (640,), generator=made))  # fmt: skip
-    data = DataModule({"train": pictures}, Task("classification", num_classes=100, image=(3, 32, 32)))
+    data = loops.random_pictures(640, 32, 100)
     big, small = (Model(timm.create_model(name, num_classes=100)) for name in ("resnet34", "resnet18"))
     return [Subject("ResNet-34 to ResNet-18, kd", big, small, data, {"use": "kd"}, loops.kd_by_hand,
                     terms={"kd": KD_TERM}, taps=["fc"], slow=True)]  # fmt: skip
@@ -200,7 +195,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     given = measure.begin(parser)
     rows = []
-    for make in (images, photographs, texts, segmenters):
+    for make in (images, pictures, texts, segmenters):
         for subject in make():
             if given.only in subject.name:
                 rows.append(compare(subject, given))
